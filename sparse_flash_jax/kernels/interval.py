@@ -1,0 +1,94 @@
+"""Attention in which each query sees one run of keys: the gradient rule, and the choice of an implementation.
+
+Knows runs and nothing else of sparsity. The implementations compute forward, dQ and dK/dV; what they share is here.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Float32
+
+from sparse_flash_jax.kernels import xla
+from sparse_flash_jax.kernels.config import Config, xla_config
+from sparse_flash_jax.kernels.tiles import Runs
+
+IMPLEMENTATIONS = ("mosaic", "triton", "xla")
+
+RESIDUAL_NAMES = ("sparse_attention_o", "sparse_attention_lse")
+"""`checkpoint_name`s of o and lse: a remat policy that saves them does not run the forward kernel twice."""
+
+
+def interval_attention(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    runs: Runs,
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+    config: Config | None = None,
+) -> tuple[Float[Array, "B N T H"], Float32[Array, "B N T"]]:
+    """Returns attention of each query over its run of keys, differentiable in q, k and v, through o and lse.
+
+    Args:
+        q: float [B N T H], in slot order.
+        k: float [B K S H], in slot order; K divides N.
+        v: float [B K S H].
+        runs: the run of each query, and its transpose.
+        scale: static factor on the scores; None for 1 / sqrt(H).
+        implementation: "mosaic", "triton" or "xla"; None picks for the device.
+        config: tile sizes; None for those that suit the shapes.
+
+    Returns:
+        o [B N T H] in q's dtype, 0 where a run is empty, and lse float32 [B N T], natural log, -inf there.
+
+    Raises:
+        ValueError: if the implementation is unknown.
+        NotImplementedError: if the named implementation cannot do it.
+    """
+    check_implementation(implementation)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    config = xla_config(q.shape[2], k.shape[2]) if config is None else config
+    return _attention(q, k, v, runs, scale, config)
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Raises unless the implementation is None or one that exists and can run here."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}.")
+    if implementation in ("mosaic", "triton"):
+        raise NotImplementedError(
+            f"implementation={implementation!r} is not written yet; use implementation='xla', or None."
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _attention(q, k, v, runs, scale, config):
+    return xla.forward(q, k, v, runs, scale=scale, config=config)
+
+
+def _forward(q, k, v, runs, scale, config):
+    outputs = _attention(q, k, v, runs, scale, config)
+    o, lse = (checkpoint_name(x, name) for x, name in zip(outputs, RESIDUAL_NAMES, strict=True))
+    return (o, lse), (q, k, v, runs, o, lse)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _backward(scale, config, residuals, cotangents):
+    q, k, v, runs, o, lse = residuals
+    do, dlse = cotangents
+    # d lse / d s is p, as is d o / d s up to the row's mean, so lse's cotangent joins delta.
+    delta = jnp.einsum(
+        "bnth,bnth->bnt", o.astype(jnp.float32), do.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+    delta = delta - dlse
+    dq = xla.backward_dq(q, k, v, runs, lse, do, delta, scale=scale, config=config)
+    dk, dv = xla.backward_dkv(q, k, v, runs, lse, do, delta, scale=scale, config=config)
+    return dq, dk, dv, None
+
+
+_attention.defvjp(_forward, _backward)

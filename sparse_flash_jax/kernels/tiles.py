@@ -1,0 +1,65 @@
+"""Runs of visible slots, and the ranges of tiles that they touch.
+
+Decides which tiles a kernel visits and which of those need a mask. Knows nothing of where the runs come from.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int32
+
+
+class Runs(NamedTuple):
+    """The visible pairs of slots, said twice: by query and by key.
+
+    All four arrays are int32 and non-decreasing along their last axis; an empty run has `start == stop`. The batch axis
+    is B or 1. The head axis may be any divisor A of the number of query heads N: query head n reads row n // (N // A).
+    """
+
+    k_start: Int32[Array, "B N T"]
+    """First key slot that the query in each slot sees."""
+    k_stop: Int32[Array, "B N T"]
+    """One past the last key slot that the query in each slot sees."""
+    q_start: Int32[Array, "B N S"]
+    """First query slot that sees the key in each slot."""
+    q_stop: Int32[Array, "B N S"]
+    """One past the last query slot that sees the key in each slot."""
+
+
+class TileRange(NamedTuple):
+    """Tiles [start, stop) are visited; of these, [full_start, full_stop) are wholly visible and need no mask."""
+
+    start: Int32[Array, "*tiles"]
+    full_start: Int32[Array, "*tiles"]
+    full_stop: Int32[Array, "*tiles"]
+    stop: Int32[Array, "*tiles"]
+
+
+def tile_range(
+    first_start: Int32[Array, "*tiles"],
+    first_stop: Int32[Array, "*tiles"],
+    last_start: Int32[Array, "*tiles"],
+    last_stop: Int32[Array, "*tiles"],
+    block: int,
+) -> TileRange:
+    """Returns the tiles of `block` slots that the runs of some consecutive rows touch.
+
+    Bounds are monotone, so those of the first and the last row say it all: every run lies in
+    [first_start, last_stop), and every row sees all of [last_start, first_stop).
+
+    Args:
+        first_start: start of the first row's run.
+        first_stop: stop of the first row's run.
+        last_start: start of the last row's run.
+        last_stop: stop of the last row's run.
+        block: slots in a tile.
+
+    Returns:
+        The range, with start <= full_start <= full_stop <= stop.
+    """
+    start = first_start // block
+    stop = jnp.where(last_stop > first_start, (last_stop + block - 1) // block, start)
+    full_start = lax.clamp(start, (last_start + block - 1) // block, stop)
+    full_stop = lax.clamp(full_start, first_stop // block, stop)
+    return TileRange(start, full_start, full_stop, stop)
