@@ -1,0 +1,261 @@
+"""What is visible, as a sort: tokens ordered by (group, position), after which each query sees one run of keys.
+
+Decides order, capacity and run bounds. Leaves it to patterns.py to say what the groups mean, to permute.py to move
+rows, and to the kernels to compute over runs. Everything here is integer work inside `jit`, linear in memory.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float32, Int32
+
+from sparse_flash_jax.kernels.tiles import Runs
+from sparse_flash_jax.rule import Rule
+from sparse_flash_jax.sorting import SortedTokens, count_below, largest_group, sort_tokens
+from sparse_flash_jax.stats import PlanStats, plan_stats
+from sparse_flash_jax.validation import check_offset, check_sides, positive_int
+
+PLAN_NAME = "sparse_attention_plan"
+"""`checkpoint_name` of a plan's arrays: a remat policy that saves it does not sort again in the backward pass."""
+
+
+class AttentionPlan(NamedTuple):
+    """Which pairs of queries and keys are visible: two orders and the runs between them.
+
+    "Position" is a token's place in the sequence, "slot" its place in the sorted order. All arrays are int32 and carry
+    no gradient. Batch and head axes of size 1 stand for any size. Orders and slots are None where slots are positions.
+    """
+
+    query_order: Int32[Array, "B N Tc"] | None
+    """Position of the query in each slot; Tc is the query capacity, at most T."""
+    query_slot: Int32[Array, "B N T"] | None
+    """Slot of the query at each position, Tc where it has none."""
+    key_order: Int32[Array, "B K Sc"] | None
+    """Position of the key in each slot; Sc is the key capacity, at most S."""
+    key_slot: Int32[Array, "B K S"] | None
+    """Slot of the key at each position, Sc where it has none."""
+    runs: Runs
+    """Key slots that each query slot sees, and query slots that see each key slot."""
+    query_overflow: Int32[Array, "B N"]
+    """Queries that were to be kept and did not fit into the capacity."""
+    key_overflow: Int32[Array, "B K"]
+    """Keys that were to be kept and did not fit into the capacity."""
+    largest_group: Int32[Array, "B K"]
+    """Kept keys in the largest group."""
+
+    @property
+    def query_length(self) -> int:
+        """T, the number of queries before any is dropped."""
+        return (self.runs.k_start if self.query_slot is None else self.query_slot).shape[-1]
+
+    @property
+    def key_length(self) -> int:
+        """S, the number of keys before any is dropped."""
+        return (self.runs.q_start if self.key_slot is None else self.key_slot).shape[-1]
+
+    @property
+    def batch_size(self) -> int:
+        """B, or 1 where all batch entries are alike."""
+        return max(self.query_overflow.shape[0], self.key_overflow.shape[0])
+
+    @property
+    def query_heads(self) -> int:
+        """Heads of the query side: N, or 1 where all heads are alike."""
+        return self.query_overflow.shape[1]
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of the key side: K, or 1 where all heads are alike."""
+        return self.key_overflow.shape[1]
+
+    @property
+    def overflow(self) -> Int32[Array, "B N"]:
+        """Tokens, queries and keys together, that were to be kept and did not fit, for each batch entry and head."""
+        heads = max(self.query_heads, self.key_heads)
+        return repeat_heads(self.query_overflow, heads) + repeat_heads(self.key_overflow, heads)
+
+    def mask(self) -> Bool[Array, "B N T S"]:
+        """Returns the dense meaning of the plan, in original order; T x S, so for tests and pictures.
+
+        Returns:
+            bool [B N T S], True where a query sees a key. Axes on which the plan does not depend have size 1.
+        """
+        runs = self.runs
+        query_slots, key_slots = runs.k_start.shape[-1], runs.q_start.shape[-1]
+        slot = jnp.arange(key_slots, dtype=jnp.int32)
+        mask = (runs.k_start[..., None] <= slot[None, None, None]) & (slot[None, None, None] < runs.k_stop[..., None])
+        if self.key_slot is not None:
+            index = repeat_heads(self.key_slot, mask.shape[1])[:, :, None]
+            mask = jnp.take_along_axis(mask, index, axis=3, mode="clip") & (index < key_slots)
+        if self.query_slot is not None:
+            index = repeat_heads(self.query_slot, mask.shape[1])[..., None]
+            mask = jnp.take_along_axis(mask, index, axis=2, mode="clip") & (index < query_slots)
+        return mask
+
+    def density(self) -> Float32[Array, ""]:
+        """Returns visible pairs over the pairs of dense causal attention, averaged over batch and heads; jit-able.
+
+        A bidirectional plan sees more than that: its density is nearly 2.
+        """
+        visible = jnp.sum((self.runs.k_stop - self.runs.k_start).astype(jnp.float32), axis=-1)
+        return jnp.mean(visible) / np.float32(causal_pairs(self.query_length, self.key_length))
+
+    def stats(self, block_q: int = 128, block_k: int = 128) -> PlanStats:
+        """Returns counts of visible pairs, tiles, lonely queries and the largest group, as Python numbers.
+
+        Args:
+            block_q: queries in a tile.
+            block_k: keys in a tile.
+
+        Returns:
+            A `PlanStats`, which prints as a table.
+
+        Raises:
+            ValueError: if called under `jit` (use `density()` there), or if a block is not positive.
+        """
+        if isinstance(self.runs.k_start, jax.core.Tracer):
+            raise ValueError("plan.stats() reads the plan's values, which are not known under jit; use plan.density().")
+        positive_int("block_q", block_q)
+        positive_int("block_k", block_k)
+        return plan_stats(
+            self.runs,
+            causal_pairs=causal_pairs(self.query_length, self.key_length),
+            query_length=self.query_length,
+            key_length=self.key_length,
+            largest_group=int(np.max(np.asarray(self.largest_group))),
+            block_q=block_q,
+            block_k=block_k,
+        )
+
+
+def make_plan(
+    *,
+    query_group: Int32[Array, "#B T #N"] | None = None,
+    key_group: Int32[Array, "#B S #K"] | None = None,
+    query_keep: Bool[Array, "#B T #N"] | None = None,
+    key_keep: Bool[Array, "#B S #K"] | None = None,
+    causal: bool = True,
+    exclude_self: bool = False,
+    window: int | None = None,
+    query_offset: int | Int32[Array, ""] = 0,
+    query_capacity: int | None = None,
+    key_capacity: int | None = None,
+) -> AttentionPlan:
+    """Plans attention in which query i sees key j where all of these hold.
+
+    - both are kept, and their groups are equal;
+    - `i + query_offset >= j` if `causal`, or `>` with `exclude_self`;
+    - `i + query_offset - j < window` if a window is given. With `causal=False` this bounds the past alone.
+
+    Args:
+        query_group: int32 [B|1 T N|1], any values. None with `key_group` None: all in one group.
+        key_group: int32 [B|1 S K|1].
+        query_keep: bool [B|1 T N|1]; a dropped query outputs 0. None: all are kept.
+        key_keep: bool [B|1 S K|1]; a dropped key is seen by nobody. None: all are kept.
+        causal: whether a query sees no later key.
+        exclude_self: whether a query also does not see the key of its own position.
+        window: positions that a query looks back, its own included.
+        query_offset: position of the first query among the keys, as a KV cache needs; may be traced.
+        query_capacity: most queries that any head keeps; shortens the sorted sequence to this static length.
+        key_capacity: most keys that any head keeps.
+
+    Returns:
+        The plan. Axes of size 1 stay and stand for any size.
+
+    Raises:
+        TypeError: if groups are not int32 or keeps not bool.
+        ValueError: if shapes, head counts or options do not fit one another, or if, outside `jit`, a head keeps more
+            than its capacity. Inside `jit` the latest tokens that do not fit are dropped; `plan.overflow` counts them.
+    """
+    check_sides(query_group, query_keep, key_group, key_keep)
+    sides = [
+        None if x is None else jnp.swapaxes(x, 1, 2)  # [B A L], as all plans are laid out
+        for x in (query_group, query_keep, key_group, key_keep)
+    ]
+    lengths = [next(x for x in side if x is not None).shape[-1] for side in (sides[:2], sides[2:])]
+    return plan_sides(
+        tuple(sides),
+        lengths=tuple(lengths),
+        rule=Rule(causal, exclude_self, window),
+        query_offset=query_offset,
+        capacities=(query_capacity, key_capacity),
+    )
+
+
+def plan_sides(sides, *, lengths, rule, query_offset, capacities) -> AttentionPlan:
+    """`make_plan` on checked groups and keeps [B A L]; with all of them None, one group in which nothing is dropped."""
+    check_offset(query_offset)
+    for name, capacity in zip(("query_capacity", "key_capacity"), capacities, strict=True):
+        if capacity is not None:
+            positive_int(name, capacity)
+    plan = _plan(*sides, jnp.asarray(query_offset, jnp.int32), lengths=lengths, rule=rule, capacities=capacities)
+    for side, overflow, capacity in zip(
+        ("query", "key"), (plan.query_overflow, plan.key_overflow), capacities, strict=True
+    ):
+        if capacity is not None and not isinstance(overflow, jax.core.Tracer):
+            _raise_on_overflow(side, np.asarray(overflow), capacity)
+    return plan
+
+
+@functools.partial(jax.jit, static_argnames=("lengths", "rule", "capacities"))
+def _plan(query_group, query_keep, key_group, key_keep, query_offset, *, lengths, rule, capacities) -> AttentionPlan:
+    queries = sort_tokens(query_group, query_keep, lengths[0], capacities[0])
+    keys = sort_tokens(key_group, key_keep, lengths[1], capacities[1])
+    heads = max(queries.count.shape[1], keys.count.shape[1])
+    k_start, k_stop = _runs(queries, keys, rule.keys_seen(queries.position + query_offset, lengths[1]), heads)
+    q_start, q_stop = _runs(keys, queries, rule.queries_seeing(keys.position - query_offset, lengths[0]), heads)
+    plan = AttentionPlan(
+        queries.order,
+        queries.slot,
+        keys.order,
+        keys.slot,
+        Runs(k_start, k_stop, q_start, q_stop),
+        queries.overflow,
+        keys.overflow,
+        largest_group(keys),
+    )
+    return jax.tree.map(lambda x: checkpoint_name(x, PLAN_NAME), plan)
+
+
+def _runs(
+    rows: SortedTokens,
+    columns: SortedTokens,
+    bounds: tuple[Int32[Array, "B A C"], Int32[Array, "B A C"]],
+    heads: int,
+) -> tuple[Int32[Array, "B N C"], Int32[Array, "B N C"]]:
+    """Slots of the columns that each row sees, where it sees the positions between the bounds of its own group."""
+    rows, columns = (jax.tree.map(lambda x: repeat_heads(x, heads), side) for side in (rows, columns))
+    lower, upper = (repeat_heads(x, heads) for x in bounds)
+    start = count_below(columns, rows.group, lower)
+    stop = jnp.maximum(start, count_below(columns, rows.group, upper))
+    # Dropped rows come last: an empty run at the end of the last kept one keeps the bounds monotone and the tiles few.
+    kept = rows.kept()
+    end = jnp.max(jnp.where(kept, stop, 0), axis=-1, keepdims=True)
+    return jnp.where(kept, start, end), jnp.where(kept, stop, end)
+
+
+def _raise_on_overflow(side: str, overflow: np.ndarray, capacity: int) -> None:
+    if not overflow.any():
+        return
+    batch, head = np.unravel_index(int(np.argmax(overflow)), overflow.shape)
+    raise ValueError(
+        f"{side}_capacity={capacity} is too small: head {head} of batch entry {batch} keeps "
+        f"{capacity + overflow[batch, head]} {'queries' if side == 'query' else 'keys'} "
+        f"({np.count_nonzero(overflow)} of {overflow.size} heads keep too many). "
+        f"Raise {side}_capacity, or keep fewer tokens; random_keep and top_keep keep exact counts."
+    )
+
+
+def repeat_heads(x: Array, heads: int) -> Array:
+    """Returns x [B A ...] with each head repeated so that there are `heads`; an axis of size 1 stays."""
+    return x if x.shape[1] in (1, heads) else jnp.repeat(x, heads // x.shape[1], axis=1)
+
+
+def causal_pairs(query_length: int, key_length: int) -> int:
+    """Returns how many pairs dense causal attention sees: the sum of min(i + 1, S) over T queries."""
+    short = min(query_length, key_length)
+    return short * (short + 1) // 2 + (query_length - short) * key_length

@@ -1,0 +1,122 @@
+"""The sort under every plan: tokens ordered by (dropped, group, position), and binary searches among them.
+
+A lexicographic sort rather than one on `group * length + position`, so that any int32 group id is right at any length.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int32
+
+
+class SortedTokens(NamedTuple):
+    """Queries or keys in slot order; kept tokens come first. Arrays are int32; batch and head axes may be 1."""
+
+    order: Int32[Array, "B A C"] | None
+    """Position of the token in each slot; None where slots are positions."""
+    slot: Int32[Array, "B A L"] | None
+    """Slot of the token at each position, C where it has none."""
+    group: Int32[Array, "B A C"] | None
+    """Group of the token in each slot; None where all are in one."""
+    position: Int32[Array, "B A C"]
+    """Position of the token in each slot, as `order`, but never None."""
+    count: Int32[Array, "B A"]
+    """Tokens kept: slots [count, C) hold dropped ones."""
+    overflow: Int32[Array, "B A"]
+    """Tokens dropped because the capacity was too small."""
+
+    def kept(self) -> Bool[Array, "B A C"]:
+        """Returns which slots hold a kept token."""
+        slot = jnp.arange(self.position.shape[-1], dtype=jnp.int32)
+        return slot[None, None] < self.count[..., None]
+
+
+def sort_tokens(
+    group: Int32[Array, "#B #A L"] | None, keep: Bool[Array, "#B #A L"] | None, length: int, capacity: int | None
+) -> SortedTokens:
+    """Sorts tokens by (dropped, group, position) and cuts the order to the capacity.
+
+    Args:
+        group: int32 [B A L], or None for one group.
+        keep: bool [B A L], or None to keep all.
+        length: L.
+        capacity: static most tokens kept, or None. The latest tokens beyond it are dropped.
+    """
+    capacity = length if capacity is None else min(capacity, length)
+    if keep is None and capacity < length:
+        keep = jnp.ones((1, 1, length), bool)
+    positions = jnp.arange(length, dtype=jnp.int32)[None, None]
+    if group is None and keep is None:
+        zero = jnp.zeros((1, 1), jnp.int32)
+        return SortedTokens(None, None, None, positions, zero + length, zero)
+
+    overflow = count = None
+    if keep is not None:
+        kept_until = jnp.cumsum(keep, axis=-1, dtype=jnp.int32)
+        count = jnp.minimum(kept_until[..., -1], capacity)
+        overflow = kept_until[..., -1] - count
+        keep = keep & (kept_until <= capacity)
+    shape = jnp.broadcast_shapes(*(x.shape for x in (group, keep) if x is not None))
+    if count is None or overflow is None:
+        overflow = jnp.zeros(shape[:2], jnp.int32)
+        count = overflow + length
+    keys = [jnp.broadcast_to(x, shape) for x in (None if keep is None else ~keep, group) if x is not None]
+    *_, order = sorted_keys = lax.sort((*keys, jnp.broadcast_to(positions, shape)), num_keys=len(keys), is_stable=True)
+    group = None if group is None else sorted_keys[-2][..., :capacity]
+    slot = jnp.minimum(invert(order), capacity)
+    order = order[..., :capacity]
+    count, overflow = (jnp.broadcast_to(x, shape[:2]) for x in (count, overflow))
+    return SortedTokens(order, slot, group, order, count, overflow)
+
+
+def invert(order: Int32[Array, "B A L"]) -> Int32[Array, "B A L"]:
+    """Returns the inverse permutation along the last axis."""
+    batch, heads, length = order.shape
+    row = jnp.arange(batch * heads, dtype=jnp.int32)[:, None] * length
+    index = (row + order.reshape(batch * heads, length)).reshape(-1)
+    value = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch * heads, length)).reshape(-1)
+    inverse = jnp.zeros_like(index).at[index].set(value, unique_indices=True, mode="promise_in_bounds")
+    return inverse.reshape(order.shape)
+
+
+def count_below(
+    tokens: SortedTokens, group: Int32[Array, "#B #A M"] | None, position: Int32[Array, "#B #A M"]
+) -> Int32[Array, "#B #A M"]:
+    """Returns for each probe how many kept tokens sort before (group, position): a binary search.
+
+    Args:
+        tokens: sorted tokens, with the head axis of the probes, or 1.
+        group: int32 [B A M], or None where the tokens are in one group.
+        position: int32 [B A M]; may lie outside the sequence.
+    """
+    capacity = tokens.position.shape[-1]
+    shape = jnp.broadcast_shapes(position.shape, (*tokens.count.shape, 1))
+    found = jnp.zeros(shape, jnp.int32)
+    step = 1 << capacity.bit_length() - 1
+    while step:
+        probe = found + step
+        index = jnp.minimum(probe, capacity) - 1
+        below = _look_up(tokens.position, index) < position
+        if group is not None and tokens.group is not None:
+            probed = _look_up(tokens.group, index)
+            below = (probed < group) | ((probed == group) & below)
+        found = jnp.where(below & (probe <= tokens.count[..., None]), probe, found)
+        step //= 2
+    return found
+
+
+def largest_group(tokens: SortedTokens) -> Int32[Array, "B A"]:
+    """Returns the number of kept tokens in the largest group."""
+    if tokens.group is None:
+        return tokens.count
+    slot = jnp.arange(tokens.group.shape[-1], dtype=jnp.int32)[None, None]
+    opens = jnp.concatenate(
+        [jnp.ones_like(tokens.group[..., :1], bool), tokens.group[..., 1:] != tokens.group[..., :-1]], axis=-1
+    )
+    first = lax.cummax(jnp.where(opens, slot, 0), axis=2)
+    return jnp.max(jnp.where(tokens.kept(), slot - first + 1, 0), axis=-1)
+
+
+def _look_up(x: Int32[Array, "#B #A C"], index: Int32[Array, "#B #A M"]) -> Int32[Array, "#B #A M"]:
+    return jnp.take_along_axis(x, index, axis=-1, mode="clip")

@@ -1,0 +1,79 @@
+"""What a plan costs, counted on the host: visible pairs, tiles at given block sizes, rows that see nothing."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from sparse_flash_jax.kernels.tiles import Runs
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanStats:
+    """Counts over a plan's batch entries and heads; an axis of size 1 counts once. Printing gives a table."""
+
+    heads: int
+    """Batch entries times heads that the counts below sum over."""
+    visible_pairs: int
+    """Pairs of a query and a key that it sees."""
+    density: float
+    """Visible pairs over those of dense causal attention; nearly 2 for a bidirectional plan."""
+    block_q: int
+    block_k: int
+    total_tiles: int
+    """Tiles of block_q queries x block_k keys in all, before anything is dropped."""
+    executed_tiles: int
+    """Tiles that a kernel visits."""
+    full_tiles: int
+    """Visited tiles that are wholly visible, so that they need no mask."""
+    empty_queries: int
+    """Queries whose output is 0: dropped ones, and kept ones that see no key."""
+    largest_group: int
+    """Kept keys in the largest group of any head."""
+
+    @property
+    def tile_efficiency(self) -> float:
+        """Visible pairs over the pairs in visited tiles; 1 where nothing is computed in vain."""
+        pairs = self.executed_tiles * self.block_q * self.block_k
+        return self.visible_pairs / pairs if pairs else 1.0
+
+    def __str__(self) -> str:
+        executed = self.executed_tiles / self.total_tiles
+        rows = {
+            "visible pairs": f"{self.visible_pairs:,}",
+            "density": f"{self.density:.4f} of dense causal",
+            "tiles": f"{self.executed_tiles:,} of {self.total_tiles:,} visited ({executed:.2%}), "
+            f"{self.full_tiles:,} wholly visible ({self.block_q} x {self.block_k})",
+            "tile efficiency": f"{self.tile_efficiency:.3f}",
+            "empty queries": f"{self.empty_queries:,}",
+            "largest group": f"{self.largest_group:,} keys",
+        }
+        return "\n".join(f"{name:<16}{value}" for name, value in rows.items())
+
+
+def plan_stats(
+    runs: Runs, *, query_length: int, key_length: int, causal_pairs: int, largest_group: int, block_q: int, block_k: int
+) -> PlanStats:
+    """Counts a plan; see `AttentionPlan.stats`."""
+    start, stop = np.asarray(runs.k_start, np.int64), np.asarray(runs.k_stop, np.int64)
+    heads = math.prod(start.shape[:2])
+    visible = int((stop - start).sum())
+    first = np.arange(0, start.shape[-1], block_q)
+    last = np.minimum(first + block_q, start.shape[-1]) - 1
+    tile_start, tile_stop = start[..., first] // block_k, -(-stop[..., last] // block_k)
+    tile_stop = np.where(stop[..., last] > start[..., first], tile_stop, tile_start)
+    full_start = np.clip(-(-start[..., last] // block_k), tile_start, tile_stop)
+    full_stop = np.clip(stop[..., first] // block_k, full_start, tile_stop)
+    empty_slots = int((stop == start).sum())
+    return PlanStats(
+        heads=heads,
+        visible_pairs=visible,
+        density=visible / (heads * causal_pairs),
+        block_q=block_q,
+        block_k=block_k,
+        total_tiles=heads * -(-query_length // block_q) * -(-key_length // block_k),
+        executed_tiles=int((tile_stop - tile_start).sum()),
+        full_tiles=int((full_stop - full_start).sum()),
+        empty_queries=empty_slots + heads * (query_length - start.shape[-1]),
+        largest_group=largest_group,
+    )

@@ -1,0 +1,124 @@
+"""Checks at the boundary, from shapes, dtypes and static options, before any work.
+
+Each error says what was expected, what came, and how to mend it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FLOAT_DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
+
+
+def check_array(name: str, x: Any, axes: str, dtypes: Sequence[Any]) -> None:
+    """Raises TypeError unless x is an array of one of the dtypes, ValueError unless it has these axes, none empty."""
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise TypeError(f"{name} must be an array [{axes}], got {type(x).__name__}; wrap it in jnp.asarray.")
+    if not any(x.dtype == jnp.dtype(d) for d in dtypes):
+        expected = " or ".join(jnp.dtype(d).name for d in dtypes)
+        cast = f"{name}.astype(jnp.{'bool_' if dtypes[0] is jnp.bool_ else jnp.dtype(dtypes[0]).name})"
+        raise TypeError(f"{name} must be {expected}, got {x.dtype}; convert it, with {cast} for one.")
+    if len(x.shape) != len(axes.split()):
+        raise ValueError(f"{name} must have the axes [{axes}], got shape {tuple(x.shape)}.")
+    if 0 in x.shape:
+        raise ValueError(f"{name} [{axes}] must not be empty, got shape {tuple(x.shape)}.")
+
+
+def positive_int(name: str, value: Any) -> None:
+    """Raises TypeError unless value is a Python int, ValueError unless it is at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be a static Python int, got {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def check_window(window: int | None, *, causal: bool, exclude_self: bool) -> None:
+    """Raises where a window is not a positive int, or exclude_self comes without causal."""
+    if window is not None:
+        positive_int("window", window)
+    if exclude_self and not causal:
+        raise ValueError(
+            "exclude_self=True needs causal=True: else a query would see two runs of keys, before and after itself."
+        )
+
+
+def check_offset(query_offset: Any) -> None:
+    """Raises TypeError unless the offset is an int or an int32 scalar."""
+    if isinstance(query_offset, int | np.integer) and not isinstance(query_offset, bool):
+        return
+    if getattr(query_offset, "dtype", None) != jnp.int32 or getattr(query_offset, "shape", None) != ():
+        got = f"{getattr(query_offset, 'dtype', type(query_offset).__name__)}{list(getattr(query_offset, 'shape', ()))}"
+        raise TypeError(f"query_offset must be an int or an int32 scalar, got {got}.")
+
+
+def check_sides(query_group: Any, query_keep: Any, key_group: Any, key_keep: Any) -> None:
+    """Raises where groups and keep masks of queries and keys do not make one pattern."""
+    if (query_group is None) != (key_group is None):
+        raise ValueError("query_group and key_group must be given together, or both be None (one group).")
+    for side, axes, group, keep in (("query", "B T N", query_group, query_keep), ("key", "B S K", key_group, key_keep)):
+        if group is None and keep is None:
+            raise ValueError(
+                f"{side}_group or {side}_keep must be given, since the {side} length comes from it; "
+                "for one group with nothing dropped use causal()."
+            )
+        if group is not None:
+            check_array(f"{side}_group", group, axes, (jnp.int32,))
+        if keep is not None:
+            check_array(f"{side}_keep", keep, axes, (jnp.bool_,))
+        if group is not None and keep is not None:
+            _check_broadcast(f"{side}_group", group, f"{side}_keep", keep)
+    given = [(name, x.shape[0]) for name, x in _named(query_group, query_keep, key_group, key_keep)]
+    if len({size for _, size in given} - {1}) > 1:
+        raise ValueError(f"batch sizes must be equal or 1, got {dict(given)}.")
+    heads = [
+        max(x.shape[2] for x in side if x is not None) for side in ((query_group, query_keep), (key_group, key_keep))
+    ]
+    if heads[0] != 1 and heads[0] % heads[1]:
+        raise ValueError(
+            "key heads must divide query heads (grouped-query attention), "
+            f"got {heads[0]} query and {heads[1]} key heads."
+        )
+
+
+def check_attention_inputs(q: Any, k: Any, v: Any) -> None:
+    """Raises unless q is [B T N H], k and v are [B S K H], of one float dtype, and K divides N."""
+    for name, x, axes in (("q", q, "B T N H"), ("k", k, "B S K H"), ("v", v, "B S K H")):
+        check_array(name, x, axes, FLOAT_DTYPES)
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have the same shape [B S K H], got {k.shape} and {v.shape}.")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them to one.")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q [B T N H] and k [B S K H] must agree in B and H, got {q.shape} and {k.shape}.")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(
+            "key heads must divide query heads (grouped-query attention), "
+            f"got {q.shape[2]} query and {k.shape[2]} key heads."
+        )
+
+
+def check_scale(scale: Any) -> None:
+    """Raises TypeError unless scale is None or a static number."""
+    if scale is None or (isinstance(scale, int | float | np.number) and not isinstance(scale, bool)):
+        return
+    if isinstance(scale, jax.core.Tracer) or not hasattr(scale, "__float__"):
+        raise TypeError(
+            f"scale must be a static Python float, got {type(scale).__name__}; multiply q by a traced scale instead."
+        )
+
+
+def _named(query_group: Any, query_keep: Any, key_group: Any, key_keep: Any) -> list[tuple[str, Any]]:
+    names = ("query_group", "query_keep", "key_group", "key_keep")
+    return [(n, x) for n, x in zip(names, (query_group, query_keep, key_group, key_keep), strict=True) if x is not None]
+
+
+def _check_broadcast(name: str, x: Any, other_name: str, other: Any) -> None:
+    lengths_agree = x.shape[1] == other.shape[1]
+    if not lengths_agree or any(1 != m != n != 1 for m, n in zip(x.shape, other.shape, strict=True)):
+        raise ValueError(
+            f"{name} and {other_name} must agree in length, and in batch and heads unless one has size 1, "
+            f"got {x.shape} and {other.shape}."
+        )
