@@ -1,0 +1,21 @@
+"""Exact data-dependent sparse attention for JAX: plan which keys each query sees, attend to just those, train."""
+
+from sparse_flash_jax.attention import hash_sparse_attention as hash_sparse_attention
+from sparse_flash_jax.attention import qk_sparse_attention as qk_sparse_attention
+from sparse_flash_jax.attention import sparse_attention as sparse_attention
+from sparse_flash_jax.hashing import lsh_buckets as lsh_buckets
+from sparse_flash_jax.kernels.interval import RESIDUAL_NAMES as RESIDUAL_NAMES
+from sparse_flash_jax.patterns import causal as causal
+from sparse_flash_jax.patterns import combine_groups as combine_groups
+from sparse_flash_jax.patterns import hash_sparse as hash_sparse
+from sparse_flash_jax.patterns import packed as packed
+from sparse_flash_jax.patterns import qk_sparse as qk_sparse
+from sparse_flash_jax.patterns import random_keep as random_keep
+from sparse_flash_jax.patterns import top_keep as top_keep
+from sparse_flash_jax.plan import PLAN_NAME as PLAN_NAME
+from sparse_flash_jax.plan import AttentionPlan as AttentionPlan
+from sparse_flash_jax.plan import make_plan as make_plan
+from sparse_flash_jax.reference import reference_attention as reference_attention
+from sparse_flash_jax.stats import PlanStats as PlanStats
+
+__version__ = "0.1.0"

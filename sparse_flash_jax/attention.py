@@ -1,0 +1,257 @@
+"""Sparse attention, as a user calls it: validate, permute into slot order, attend over runs, restore."""
+
+from typing import Literal, overload
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray
+
+from sparse_flash_jax.hashing import lsh_buckets
+from sparse_flash_jax.kernels.interval import check_implementation, interval_attention
+from sparse_flash_jax.patterns import hash_sparse, qk_sparse
+from sparse_flash_jax.permute import gather, restore
+from sparse_flash_jax.plan import AttentionPlan
+from sparse_flash_jax.validation import check_attention_inputs, check_scale
+
+type Output = Float[Array, "B T N H"]
+type OutputAndResidual = tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]
+
+
+@overload
+def sparse_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    plan: AttentionPlan,
+    *,
+    scale: float | None = ...,
+    implementation: str | None = ...,
+    return_residual: Literal[False] = ...,
+) -> Output: ...
+@overload
+def sparse_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    plan: AttentionPlan,
+    *,
+    scale: float | None = ...,
+    implementation: str | None = ...,
+    return_residual: Literal[True],
+) -> OutputAndResidual: ...
+def sparse_attention(q, k, v, plan, *, scale=None, implementation=None, return_residual=False):
+    """Returns exact softmax attention over the pairs that the plan shows; what it hides costs no time.
+
+        o[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j]      over the keys j that query i sees
+
+    Differentiable in q, k and v. Works under jit, grad, vmap, remat, scan, shard_map and pmap.
+
+    Args:
+        q: float32, float16 or bfloat16 [B T N H].
+        k: [B S K H] in q's dtype; K divides N, and query head n reads key head n // (N / K).
+        v: [B S K H] in q's dtype.
+        plan: from `causal`, `packed`, `qk_sparse`, `hash_sparse` or `make_plan`, for these lengths and head counts.
+        scale: static factor on the scores; None for 1 / sqrt(H).
+        implementation: "mosaic", "triton" or "xla"; None picks for the device and dtype. A named one never falls back.
+        return_residual: whether to also return the log-sum-exp of each query's scores.
+
+    Returns:
+        [B T N H] in q's dtype, 0 where a query sees nothing (gradients too). With return_residual also lse, float32
+        [B T N], natural log, -inf where a query sees nothing; gradients flow through it.
+
+    Raises:
+        TypeError: if q, k, v are not of one supported dtype, or plan is not an AttentionPlan.
+        ValueError: if shapes do not fit one another or the plan, or the implementation is unknown.
+        NotImplementedError: if the named implementation cannot do this call.
+
+    Source: "Faster Causal Attention Over Large Sequences Through Sparse Flash Attention", arXiv 2306.01160.
+    """
+    check_attention_inputs(q, k, v)
+    check_scale(scale)
+    check_implementation(implementation)
+    _check_plan(plan, q, k)
+
+    q = gather(q, plan.query_order, plan.query_slot)
+    k = gather(k, plan.key_order, plan.key_slot)
+    v = gather(v, plan.key_order, plan.key_slot)
+    o, lse = interval_attention(q, k, v, plan.runs, scale=scale, implementation=implementation)
+    out = restore(o, plan.query_order, plan.query_slot)
+    return (out, _restore_lse(lse, plan)) if return_residual else out
+
+
+@overload
+def hash_sparse_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    num_buckets: int,
+    key: PRNGKeyArray,
+    *,
+    causal: bool = ...,
+    exclude_self: bool = ...,
+    window: int | None = ...,
+    scale: float | None = ...,
+    implementation: str | None = ...,
+    return_residual: Literal[False] = ...,
+) -> Output: ...
+@overload
+def hash_sparse_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    num_buckets: int,
+    key: PRNGKeyArray,
+    *,
+    causal: bool = ...,
+    exclude_self: bool = ...,
+    window: int | None = ...,
+    scale: float | None = ...,
+    implementation: str | None = ...,
+    return_residual: Literal[True],
+) -> OutputAndResidual: ...
+def hash_sparse_attention(
+    q,
+    k,
+    v,
+    num_buckets,
+    key,
+    *,
+    causal=True,
+    exclude_self=False,
+    window=None,
+    scale=None,
+    implementation=None,
+    return_residual=False,
+):
+    """Returns attention in which queries see the keys that hash to their own bucket: hash, plan, attend.
+
+    Args:
+        q: float [B T N H].
+        k: float [B S K H]; with shared queries and keys, q normalised per head.
+        v: float [B S K H].
+        num_buckets: even, at least 2; about T / num_buckets keys share a bucket.
+        key: PRNG key of the hash. Draw a fresh one for each step and layer.
+        causal: whether a query sees no later key.
+        exclude_self: whether a query also does not see the key of its own position.
+        window: positions that a query looks back, its own included; None for all.
+        scale: as in `sparse_attention`.
+        implementation: as in `sparse_attention`.
+        return_residual: as in `sparse_attention`.
+
+    Returns:
+        As `sparse_attention`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `lsh_buckets`, `hash_sparse` and `sparse_attention`.
+
+    Source: arXiv 2306.01160, section 3.2.
+    """
+    check_attention_inputs(q, k, v)
+    query_bucket = lsh_buckets(q, num_buckets, key, num_rotations=k.shape[2])
+    key_bucket = lsh_buckets(k, num_buckets, key)
+    plan = hash_sparse(query_bucket, key_bucket, causal=causal, exclude_self=exclude_self, window=window)
+    return sparse_attention(q, k, v, plan, scale=scale, implementation=implementation, return_residual=return_residual)
+
+
+@overload
+def qk_sparse_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    query_keep: Bool[Array, "#B T #N"],
+    key_keep: Bool[Array, "#B S #K"],
+    *,
+    causal: bool = ...,
+    window: int | None = ...,
+    query_capacity: int | None = ...,
+    key_capacity: int | None = ...,
+    scale: float | None = ...,
+    implementation: str | None = ...,
+    return_residual: Literal[False] = ...,
+) -> Output: ...
+@overload
+def qk_sparse_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    query_keep: Bool[Array, "#B T #N"],
+    key_keep: Bool[Array, "#B S #K"],
+    *,
+    causal: bool = ...,
+    window: int | None = ...,
+    query_capacity: int | None = ...,
+    key_capacity: int | None = ...,
+    scale: float | None = ...,
+    implementation: str | None = ...,
+    return_residual: Literal[True],
+) -> OutputAndResidual: ...
+def qk_sparse_attention(
+    q,
+    k,
+    v,
+    query_keep,
+    key_keep,
+    *,
+    causal=True,
+    window=None,
+    query_capacity=None,
+    key_capacity=None,
+    scale=None,
+    implementation=None,
+    return_residual=False,
+):
+    """Returns attention among the queries and keys that are kept: plan, attend.
+
+    Args:
+        q: float [B T N H].
+        k: float [B S K H].
+        v: float [B S K H].
+        query_keep: bool [B T N]; a dropped query outputs 0.
+        key_keep: bool [B S K]; a dropped key is seen by nobody.
+        causal: whether a query sees no later key.
+        window: positions that a query looks back, its own included; None for all.
+        query_capacity: most queries that any head keeps; attention then runs at this length.
+        key_capacity: most keys that any head keeps.
+        scale: as in `sparse_attention`.
+        implementation: as in `sparse_attention`.
+        return_residual: as in `sparse_attention`.
+
+    Returns:
+        As `sparse_attention`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `qk_sparse` and `sparse_attention`.
+
+    Source: arXiv 2306.01160, section 3.1.
+    """
+    plan = qk_sparse(
+        query_keep, key_keep, causal=causal, window=window, query_capacity=query_capacity, key_capacity=key_capacity
+    )
+    return sparse_attention(q, k, v, plan, scale=scale, implementation=implementation, return_residual=return_residual)
+
+
+def _restore_lse(lse: Float32[Array, "B N Tc"], plan: AttentionPlan) -> Float32[Array, "B T N"]:
+    restored = restore(lse[..., None], plan.query_order, plan.query_slot)[..., 0]
+    if plan.query_slot is None or plan.runs.k_start.shape[-1] == plan.query_length:
+        return restored
+    has_slot = plan.query_slot < plan.runs.k_start.shape[-1]
+    return jnp.where(jnp.swapaxes(has_slot, 1, 2), restored, -jnp.inf)
+
+
+def _check_plan(plan: AttentionPlan, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> None:
+    if not isinstance(plan, AttentionPlan):
+        raise TypeError(
+            f"plan must be an AttentionPlan, from causal() or make_plan() for one, got {type(plan).__name__}."
+        )
+    for name, expected, got in (
+        ("queries", q.shape[1], plan.query_length),
+        ("keys", k.shape[1], plan.key_length),
+    ):
+        if expected != got:
+            raise ValueError(f"the plan is for {got} {name}, got {expected}; make a plan for these lengths.")
+    for name, expected, got in (
+        ("query heads", q.shape[2], plan.query_heads),
+        ("key heads", k.shape[2], plan.key_heads),
+        ("batch entries", q.shape[0], plan.batch_size),
+    ):
+        if got not in (1, expected):
+            raise ValueError(f"the plan is for {got} {name}, got {expected}; 1 or {expected} would fit.")

@@ -1,0 +1,51 @@
+"""Angular locality-sensitive hashing: vectors that point the same way tend to share a bucket."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
+
+from sparse_flash_jax.validation import FLOAT_DTYPES, check_array, positive_int
+
+
+def lsh_buckets(
+    x: Float[Array, "B T N H"], num_buckets: int, key: PRNGKeyArray, *, num_rotations: int | None = None
+) -> Int32[Array, "B T N"]:
+    """Returns the bucket of each vector: `argmax([x R, -x R])`, with R random, one for each head.
+
+    R has num_buckets / 2 columns drawn from N(0, 1) and normalised. Give queries and keys the same key. There is no
+    gradient through the hash, and the length of a vector does not matter.
+
+    Args:
+        x: float [B T N H].
+        num_buckets: even, at least 2.
+        key: PRNG key from which R is drawn.
+        num_rotations: how many heads R is drawn for; consecutive heads of x share one. For grouped-query attention give
+            the number of key heads for the queries. None for N.
+
+    Returns:
+        int32 [B T N] in [0, num_buckets).
+
+    Raises:
+        TypeError: if x is not float32, float16 or bfloat16.
+        ValueError: if num_buckets is odd or below 2, or num_rotations does not divide N.
+
+    Source: "Practical and Optimal LSH for Angular Distance", arXiv 1509.02897.
+    """
+    check_array("x", x, "B T N H", FLOAT_DTYPES)
+    positive_int("num_buckets", num_buckets)
+    if num_buckets % 2:
+        raise ValueError(f"num_buckets must be even (a direction and its opposite are two), got {num_buckets}.")
+    batch, length, heads, head_dim = x.shape
+    num_rotations = heads if num_rotations is None else num_rotations
+    positive_int("num_rotations", num_rotations)
+    if heads % num_rotations:
+        raise ValueError(f"num_rotations must divide the number of heads {heads}, got {num_rotations}.")
+    rotation = jax.random.normal(key, (num_rotations, head_dim, num_buckets // 2))
+    rotation = rotation / jnp.linalg.norm(rotation, axis=1, keepdims=True)
+    grouped = x.reshape(batch, length, num_rotations, heads // num_rotations, head_dim)
+    projected = jnp.einsum(
+        "btkgh,khr->btkgr", grouped.astype(jnp.float32), rotation, precision=lax.Precision.HIGHEST
+    ).reshape(batch, length, heads, num_buckets // 2)
+    bucket = jnp.argmax(jnp.concatenate([projected, -projected], axis=-1), axis=-1).astype(jnp.int32)
+    return lax.stop_gradient(bucket)

@@ -1,0 +1,212 @@
+"""The patterns: what a group, a keep mask and a rule stand for. Each is a few lines over `make_plan`."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
+
+from sparse_flash_jax.plan import AttentionPlan, make_plan, plan_sides
+from sparse_flash_jax.rule import Rule
+from sparse_flash_jax.validation import FLOAT_DTYPES, check_array, positive_int
+
+
+def causal(
+    query_length: int,
+    key_length: int | None = None,
+    query_offset: int | Int32[Array, ""] = 0,
+    *,
+    window: int | None = None,
+) -> AttentionPlan:
+    """Plans dense causal attention, optionally in a sliding window; the plan fits any batch size and head count.
+
+    Query i sees key j where `0 <= i + query_offset - j < window`.
+
+    Args:
+        query_length: T.
+        key_length: S; None for T.
+        query_offset: position of the first query among the keys, as a KV cache needs; may be traced.
+        window: positions that a query looks back, its own included; None for all.
+
+    Returns:
+        A plan with batch and head axes of size 1, in which slots are positions, so that nothing is permuted.
+
+    Raises:
+        TypeError: if a length is not an int.
+        ValueError: if a length or the window is not positive.
+    """
+    key_length = query_length if key_length is None else key_length
+    positive_int("query_length", query_length)
+    positive_int("key_length", key_length)
+    return plan_sides(
+        (None, None, None, None),
+        lengths=(query_length, key_length),
+        rule=Rule(window=window),
+        query_offset=query_offset,
+        capacities=(None, None),
+    )
+
+
+def packed(
+    segment_ids: Int32[Array, "B T"],
+    key_segment_ids: Int32[Array, "B S"] | None = None,
+    causal: bool = True,
+    *,
+    window: int | None = None,
+) -> AttentionPlan:
+    """Plans attention within documents that are packed into one sequence.
+
+    Args:
+        segment_ids: int32 [B T], the document of each query; any values, in any order.
+        key_segment_ids: int32 [B S], the document of each key; None for those of the queries.
+        causal: whether a query sees no later key.
+        window: positions that a query looks back, its own included; None for all.
+
+    Returns:
+        A plan whose head axes have size 1. To combine documents with buckets or dropping, give `make_plan` both:
+        groups from `combine_groups(segment_ids, buckets)`, and keep masks.
+
+    Raises:
+        TypeError: if ids are not int32.
+        ValueError: if shapes do not fit, or the window is not positive.
+    """
+    check_array("segment_ids", segment_ids, "B T", (jnp.int32,))
+    if key_segment_ids is None:
+        key_segment_ids = segment_ids
+    check_array("key_segment_ids", key_segment_ids, "B S", (jnp.int32,))
+    query_group, key_group = segment_ids[..., None], key_segment_ids[..., None]
+    return make_plan(query_group=query_group, key_group=key_group, causal=causal, window=window)
+
+
+def qk_sparse(
+    query_keep: Bool[Array, "#B T #N"],
+    key_keep: Bool[Array, "#B S #K"],
+    causal: bool = True,
+    *,
+    window: int | None = None,
+    query_capacity: int | None = None,
+    key_capacity: int | None = None,
+) -> AttentionPlan:
+    """Plans attention among the queries and keys that are kept, each side by its own mask (QK-sparse).
+
+    Args:
+        query_keep: bool [B T N].
+        key_keep: bool [B S K].
+        causal: whether a query sees no later key.
+        window: positions that a query looks back, its own included; None for all.
+        query_capacity: most queries that any head keeps; attention then runs at this length.
+        key_capacity: most keys that any head keeps.
+
+    Returns:
+        The plan. Dropped queries, and those that see no kept key, output 0 with zero gradients.
+
+    Raises:
+        TypeError, ValueError: as `make_plan`.
+
+    Source: "Faster Causal Attention Over Large Sequences Through Sparse Flash Attention", arXiv 2306.01160, 3.1.
+    """
+    return make_plan(
+        query_keep=query_keep,
+        key_keep=key_keep,
+        causal=causal,
+        window=window,
+        query_capacity=query_capacity,
+        key_capacity=key_capacity,
+    )
+
+
+def hash_sparse(
+    query_bucket: Int32[Array, "#B T #N"],
+    key_bucket: Int32[Array, "#B S #K"],
+    causal: bool = True,
+    exclude_self: bool = False,
+    *,
+    window: int | None = None,
+) -> AttentionPlan:
+    """Plans attention in which a query sees the keys of its own bucket (hash-sparse).
+
+    Args:
+        query_bucket: int32 [B T N], any ids, from `lsh_buckets` for one.
+        key_bucket: int32 [B S K].
+        causal: whether a query sees no later key.
+        exclude_self: whether a query also does not see the key of its own position.
+        window: positions that a query looks back, its own included; None for all.
+
+    Returns:
+        The plan. A query that is alone in its bucket outputs 0 with zero gradients.
+
+    Raises:
+        TypeError, ValueError: as `make_plan`.
+
+    Source: "Faster Causal Attention Over Large Sequences Through Sparse Flash Attention", arXiv 2306.01160, 3.2.
+    """
+    return make_plan(
+        query_group=query_bucket, key_group=key_bucket, causal=causal, exclude_self=exclude_self, window=window
+    )
+
+
+def combine_groups(
+    segment_ids: Int32[Array, "B T"], bucket: Int32[Array, "#B T N"], num_buckets: int
+) -> Int32[Array, "B T N"]:
+    """Returns groups that are equal where both the document and the bucket are equal.
+
+    Args:
+        segment_ids: int32 [B T], the document of each token, with |id| * num_buckets inside int32.
+        bucket: int32 [B T N], in [0, num_buckets).
+        num_buckets: number of buckets.
+
+    Returns:
+        int32 [B T N]: `segment_ids * num_buckets + bucket`.
+
+    Raises:
+        TypeError: if ids are not int32.
+        ValueError: if shapes do not fit, or num_buckets is not positive.
+    """
+    check_array("segment_ids", segment_ids, "B T", (jnp.int32,))
+    check_array("bucket", bucket, "B T N", (jnp.int32,))
+    positive_int("num_buckets", num_buckets)
+    return segment_ids[..., None] * num_buckets + bucket
+
+
+def random_keep(key: PRNGKeyArray, shape: tuple[int, int, int], rate: float) -> Bool[Array, "B T N"]:
+    """Returns a mask that drops tokens at random, the same number in every head.
+
+    Args:
+        key: PRNG key.
+        shape: (B, T, N).
+        rate: share of tokens to drop, in [0, 1).
+
+    Returns:
+        bool [B T N] with exactly `math.ceil((1 - rate) * T)` tokens kept for each batch entry and head.
+
+    Raises:
+        ValueError: if the shape has not three axes, or the rate lies outside [0, 1).
+    """
+    if len(shape) != 3:
+        raise ValueError(f"shape must be (B, T, N), got {tuple(shape)}.")
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate must be in [0, 1), the share of tokens to drop, got {rate}.")
+    return top_keep(jax.random.uniform(key, shape), math.ceil((1 - rate) * shape[1]))
+
+
+def top_keep(scores: Float[Array, "B T N"], count: int) -> Bool[Array, "B T N"]:
+    """Returns a mask that keeps the best-scored tokens of each head; of equal scores the earlier wins.
+
+    Args:
+        scores: float [B T N]. No gradient flows through the choice. NaN counts as the lowest score.
+        count: tokens to keep for each batch entry and head; a static int.
+
+    Returns:
+        bool [B T N] with exactly `count` tokens kept for each batch entry and head.
+
+    Raises:
+        TypeError: if scores are not float, or count is not an int.
+        ValueError: if scores have not three axes, or count is not in [1, T].
+    """
+    check_array("scores", scores, "B T N", FLOAT_DTYPES)
+    positive_int("count", count)
+    if count > scores.shape[1]:
+        raise ValueError(f"count must be at most the length T={scores.shape[1]}, got {count}.")
+    descending = jnp.where(jnp.isnan(scores), jnp.inf, -scores)
+    rank = jnp.argsort(jnp.argsort(descending, axis=1, stable=True), axis=1)
+    return rank < count

@@ -1,0 +1,71 @@
+"""Dense masked softmax attention in float32: the definition of correct, in which no plan has a part."""
+
+import math
+from typing import Literal, overload
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32
+
+from sparse_flash_jax.validation import check_array, check_attention_inputs, check_scale
+
+
+@overload
+def reference_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "#B #N T S"],
+    *,
+    scale: float | None = ...,
+    return_residual: Literal[False] = ...,
+) -> Float[Array, "B T N H"]: ...
+@overload
+def reference_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "#B #N T S"],
+    *,
+    scale: float | None = ...,
+    return_residual: Literal[True],
+) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]: ...
+def reference_attention(q, k, v, mask, *, scale=None, return_residual=False):
+    """Returns softmax(scale * q k^T, where mask) v, computed in float32 with T x S scores.
+
+    Args:
+        q: float [B T N H].
+        k: float [B S K H]; query head n reads key head n // (N / K).
+        v: float [B S K H].
+        mask: bool [B|1 N|1 T S], True where a query sees a key. A query that sees nothing outputs 0.
+        scale: factor on the scores; None for 1 / sqrt(H).
+        return_residual: whether to also return the log-sum-exp of the visible scores.
+
+    Returns:
+        [B T N H] in q's dtype; with return_residual also lse float32 [B T N], natural log, -inf where nothing is seen.
+
+    Raises:
+        TypeError: if q, k, v are not of one float dtype, or the mask is not bool.
+        ValueError: if shapes do not fit.
+    """
+    check_attention_inputs(q, k, v)
+    check_scale(scale)
+    check_array("mask", mask, "B N T S", (jnp.bool_,))
+    batch, length, heads, head_dim = q.shape
+    full = (batch, heads, length, k.shape[1])
+    if any(m not in (1, n) for m, n in zip(mask.shape[:2], full[:2], strict=True)) or mask.shape[2:] != full[2:]:
+        raise ValueError(f"mask must be [B|1 N|1 T S] = {list(full)}, got shape {mask.shape}.")
+    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
+    k, v = (jnp.repeat(x.astype(jnp.float32), heads // k.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), k, precision=lax.Precision.HIGHEST) * scale
+    # Every -inf and division by zero is kept out of the differentiated path, not masked after it.
+    some = jnp.any(mask, axis=-1, keepdims=True)
+    top = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf, where=mask)
+    top = lax.stop_gradient(jnp.where(some, top, 0.0))
+    p = jnp.where(mask, jnp.exp(jnp.where(mask, scores - top, 0.0)), 0.0)
+    total = jnp.where(some, jnp.sum(p, axis=-1, keepdims=True), 1.0)
+    out = jnp.einsum("bnts,bsnh->btnh", p / total, v, precision=lax.Precision.HIGHEST).astype(q.dtype)
+    if not return_residual:
+        return out
+    lse = jnp.where(some, jnp.log(total) + top, -jnp.inf)[..., 0]
+    return out, jnp.swapaxes(lse, 1, 2)
