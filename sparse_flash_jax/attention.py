@@ -1,6 +1,6 @@
 """Sparse attention, as a user calls it: validate, permute into slot order, attend over runs, restore."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray
@@ -11,9 +11,6 @@ from sparse_flash_jax.patterns import hash_sparse, qk_sparse
 from sparse_flash_jax.permute import gather, restore
 from sparse_flash_jax.plan import AttentionPlan
 from sparse_flash_jax.validation import check_attention_inputs, check_scale
-
-type Output = Float[Array, "B T N H"]
-type OutputAndResidual = tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]
 
 
 @overload
@@ -26,7 +23,7 @@ def sparse_attention(
     scale: float | None = ...,
     implementation: str | None = ...,
     return_residual: Literal[False] = ...,
-) -> Output: ...
+) -> Float[Array, "B T N H"]: ...
 @overload
 def sparse_attention(
     q: Float[Array, "B T N H"],
@@ -37,7 +34,7 @@ def sparse_attention(
     scale: float | None = ...,
     implementation: str | None = ...,
     return_residual: Literal[True],
-) -> OutputAndResidual: ...
+) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]: ...
 def sparse_attention(q, k, v, plan, *, scale=None, implementation=None, return_residual=False):
     """Returns exact softmax attention over the pairs that the plan shows; what it hides costs no time.
 
@@ -78,7 +75,6 @@ def sparse_attention(q, k, v, plan, *, scale=None, implementation=None, return_r
     return (out, _restore_lse(lse, plan)) if return_residual else out
 
 
-@overload
 def hash_sparse_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -86,42 +82,13 @@ def hash_sparse_attention(
     num_buckets: int,
     key: PRNGKeyArray,
     *,
-    causal: bool = ...,
-    exclude_self: bool = ...,
-    window: int | None = ...,
-    scale: float | None = ...,
-    implementation: str | None = ...,
-    return_residual: Literal[False] = ...,
-) -> Output: ...
-@overload
-def hash_sparse_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    num_buckets: int,
-    key: PRNGKeyArray,
-    *,
-    causal: bool = ...,
-    exclude_self: bool = ...,
-    window: int | None = ...,
-    scale: float | None = ...,
-    implementation: str | None = ...,
-    return_residual: Literal[True],
-) -> OutputAndResidual: ...
-def hash_sparse_attention(
-    q,
-    k,
-    v,
-    num_buckets,
-    key,
-    *,
-    causal=True,
-    exclude_self=False,
-    window=None,
-    scale=None,
-    implementation=None,
-    return_residual=False,
-):
+    causal: bool = True,
+    exclude_self: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+) -> Any:
     """Returns attention in which queries see the keys that hash to their own bucket: hash, plan, attend.
 
     Args:
@@ -152,7 +119,6 @@ def hash_sparse_attention(
     return sparse_attention(q, k, v, plan, scale=scale, implementation=implementation, return_residual=return_residual)
 
 
-@overload
 def qk_sparse_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -160,45 +126,14 @@ def qk_sparse_attention(
     query_keep: Bool[Array, "#B T #N"],
     key_keep: Bool[Array, "#B S #K"],
     *,
-    causal: bool = ...,
-    window: int | None = ...,
-    query_capacity: int | None = ...,
-    key_capacity: int | None = ...,
-    scale: float | None = ...,
-    implementation: str | None = ...,
-    return_residual: Literal[False] = ...,
-) -> Output: ...
-@overload
-def qk_sparse_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    query_keep: Bool[Array, "#B T #N"],
-    key_keep: Bool[Array, "#B S #K"],
-    *,
-    causal: bool = ...,
-    window: int | None = ...,
-    query_capacity: int | None = ...,
-    key_capacity: int | None = ...,
-    scale: float | None = ...,
-    implementation: str | None = ...,
-    return_residual: Literal[True],
-) -> OutputAndResidual: ...
-def qk_sparse_attention(
-    q,
-    k,
-    v,
-    query_keep,
-    key_keep,
-    *,
-    causal=True,
-    window=None,
-    query_capacity=None,
-    key_capacity=None,
-    scale=None,
-    implementation=None,
-    return_residual=False,
-):
+    causal: bool = True,
+    window: int | None = None,
+    query_capacity: int | None = None,
+    key_capacity: int | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+) -> Any:
     """Returns attention among the queries and keys that are kept: plan, attend.
 
     Args:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float32, Int32
 
 from sparse_flash_jax.kernels.tiles import Runs
@@ -117,7 +118,7 @@ class AttentionPlan(NamedTuple):
         Raises:
             ValueError: if called under `jit` (use `density()` there), or if a block is not positive.
         """
-        if isinstance(self.runs.k_start, jax.core.Tracer):
+        if isinstance(self.runs.k_start, Tracer):
             raise ValueError("plan.stats() reads the plan's values, which are not known under jit; use plan.density().")
         positive_int("block_q", block_q)
         positive_int("block_k", block_k)
@@ -196,7 +197,7 @@ def plan_sides(sides, *, lengths, rule, query_offset, capacities) -> AttentionPl
     for side, overflow, capacity in zip(
         ("query", "key"), (plan.query_overflow, plan.key_overflow), capacities, strict=True
     ):
-        if capacity is not None and not isinstance(overflow, jax.core.Tracer):
+        if capacity is not None and not isinstance(overflow, Tracer):
             _raise_on_overflow(side, np.asarray(overflow), capacity)
     return plan
 
@@ -205,7 +206,7 @@ def plan_sides(sides, *, lengths, rule, query_offset, capacities) -> AttentionPl
 def _plan(query_group, query_keep, key_group, key_keep, query_offset, *, lengths, rule, capacities) -> AttentionPlan:
     queries = sort_tokens(query_group, query_keep, lengths[0], capacities[0])
     keys = sort_tokens(key_group, key_keep, lengths[1], capacities[1])
-    heads = max(queries.count.shape[1], keys.count.shape[1])
+    heads = max(queries.num_kept.shape[1], keys.num_kept.shape[1])
     k_start, k_stop = _runs(queries, keys, rule.keys_seen(queries.position + query_offset, lengths[1]), heads)
     q_start, q_stop = _runs(keys, queries, rule.queries_seeing(keys.position - query_offset, lengths[0]), heads)
     plan = AttentionPlan(

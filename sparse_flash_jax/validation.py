@@ -6,9 +6,9 @@ Each error says what was expected, what came, and how to mend it.
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 FLOAT_DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
 
@@ -104,7 +104,7 @@ def check_scale(scale: Any) -> None:
     """Raises TypeError unless scale is None or a static number."""
     if scale is None or (isinstance(scale, int | float | np.number) and not isinstance(scale, bool)):
         return
-    if isinstance(scale, jax.core.Tracer) or not hasattr(scale, "__float__"):
+    if isinstance(scale, Tracer) or not hasattr(scale, "__float__"):
         raise TypeError(
             f"scale must be a static Python float, got {type(scale).__name__}; multiply q by a traced scale instead."
         )

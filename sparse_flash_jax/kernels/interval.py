@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Float32
 from sparse_flash_jax.kernels import xla
 from sparse_flash_jax.kernels.config import Config, xla_config
 from sparse_flash_jax.kernels.tiles import Runs
+from sparse_flash_jax.manual_axes import vary_alike
 
 IMPLEMENTATIONS = ("mosaic", "triton", "xla")
 
@@ -52,6 +53,7 @@ def interval_attention(
     check_implementation(implementation)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     config = xla_config(q.shape[2], k.shape[2]) if config is None else config
+    q, k, v, runs = vary_alike((q, k, v, runs))
     return _attention(q, k, v, runs, scale, config)
 
 
