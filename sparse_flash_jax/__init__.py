@@ -6,7 +6,6 @@ from sparse_flash_jax.attention import sparse_attention as sparse_attention
 from sparse_flash_jax.hashing import lsh_buckets as lsh_buckets
 from sparse_flash_jax.kernels.interval import RESIDUAL_NAMES as RESIDUAL_NAMES
 from sparse_flash_jax.patterns import causal as causal
-from sparse_flash_jax.patterns import combine_groups as combine_groups
 from sparse_flash_jax.patterns import hash_sparse as hash_sparse
 from sparse_flash_jax.patterns import packed as packed
 from sparse_flash_jax.patterns import qk_sparse as qk_sparse

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 from sparse_flash_jax.plan import AttentionPlan, make_plan, plan_sides
 from sparse_flash_jax.rule import Rule
-from sparse_flash_jax.validation import FLOAT_DTYPES, check_array, positive_int
+from sparse_flash_jax.validation import FLOAT_DTYPES, at_least, check_array, positive_int
 
 
 def causal(
@@ -39,7 +39,10 @@ def causal(
     positive_int("query_length", query_length)
     positive_int("key_length", key_length)
     return plan_sides(
-        (None, None, None, None),
+        (),
+        None,
+        (),
+        None,
         lengths=(query_length, key_length),
         rule=Rule(window=window),
         query_offset=query_offset,
@@ -63,8 +66,8 @@ def packed(
         window: positions that a query looks back, its own included; None for all.
 
     Returns:
-        A plan whose head axes have size 1. To combine documents with buckets or dropping, give `make_plan` both:
-        groups from `combine_groups(segment_ids, buckets)`, and keep masks.
+        A plan whose head axes have size 1. To combine documents with buckets or dropping, give `make_plan`
+        the groups `(segment_ids[..., None], bucket)`, and keep masks.
 
     Raises:
         TypeError: if ids are not int32.
@@ -145,47 +148,24 @@ def hash_sparse(
     )
 
 
-def combine_groups(
-    segment_ids: Int32[Array, "B T"], bucket: Int32[Array, "#B T N"], num_buckets: int
-) -> Int32[Array, "B T N"]:
-    """Returns groups that are equal where both the document and the bucket are equal.
-
-    Args:
-        segment_ids: int32 [B T], the document of each token, with |id| * num_buckets inside int32.
-        bucket: int32 [B T N], in [0, num_buckets).
-        num_buckets: number of buckets.
-
-    Returns:
-        int32 [B T N]: `segment_ids * num_buckets + bucket`.
-
-    Raises:
-        TypeError: if ids are not int32.
-        ValueError: if shapes do not fit, or num_buckets is not positive.
-    """
-    check_array("segment_ids", segment_ids, "B T", (jnp.int32,))
-    check_array("bucket", bucket, "B T N", (jnp.int32,))
-    positive_int("num_buckets", num_buckets)
-    return segment_ids[..., None] * num_buckets + bucket
-
-
 def random_keep(key: PRNGKeyArray, shape: tuple[int, int, int], rate: float) -> Bool[Array, "B T N"]:
     """Returns a mask that drops tokens at random, the same number in every head.
 
     Args:
         key: PRNG key.
         shape: (B, T, N).
-        rate: share of tokens to drop, in [0, 1).
+        rate: share of tokens to drop, in [0, 1].
 
     Returns:
         bool [B T N] with exactly `math.ceil((1 - rate) * T)` tokens kept for each batch entry and head.
 
     Raises:
-        ValueError: if the shape has not three axes, or the rate lies outside [0, 1).
+        ValueError: if the shape has not three axes, or the rate lies outside [0, 1].
     """
     if len(shape) != 3:
         raise ValueError(f"shape must be (B, T, N), got {tuple(shape)}.")
-    if not 0 <= rate < 1:
-        raise ValueError(f"rate must be in [0, 1), the share of tokens to drop, got {rate}.")
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate must be in [0, 1], the share of tokens to drop, got {rate}.")
     return top_keep(jax.random.uniform(key, shape), math.ceil((1 - rate) * shape[1]))
 
 
@@ -201,10 +181,10 @@ def top_keep(scores: Float[Array, "B T N"], count: int) -> Bool[Array, "B T N"]:
 
     Raises:
         TypeError: if scores are not float, or count is not an int.
-        ValueError: if scores have not three axes, or count is not in [1, T].
+        ValueError: if scores have not three axes, or count is not in [0, T].
     """
     check_array("scores", scores, "B T N", FLOAT_DTYPES)
-    positive_int("count", count)
+    at_least("count", count, 0)
     if count > scores.shape[1]:
         raise ValueError(f"count must be at most the length T={scores.shape[1]}, got {count}.")
     descending = jnp.where(jnp.isnan(scores), jnp.inf, -scores)

@@ -135,8 +135,8 @@ class AttentionPlan(NamedTuple):
 
 def make_plan(
     *,
-    query_group: Int32[Array, "#B T #N"] | None = None,
-    key_group: Int32[Array, "#B S #K"] | None = None,
+    query_group: Int32[Array, "#B T #N"] | tuple[Int32[Array, "#B T #N"], ...] | None = None,
+    key_group: Int32[Array, "#B S #K"] | tuple[Int32[Array, "#B S #K"], ...] | None = None,
     query_keep: Bool[Array, "#B T #N"] | None = None,
     key_keep: Bool[Array, "#B S #K"] | None = None,
     causal: bool = True,
@@ -153,8 +153,9 @@ def make_plan(
     - `i + query_offset - j < window` if a window is given. With `causal=False` this bounds the past alone.
 
     Args:
-        query_group: int32 [B|1 T N|1], any values. None with `key_group` None: all in one group.
-        key_group: int32 [B|1 S K|1].
+        query_group: int32 [B|1 T N|1], any values; or a tuple of several, of which all must be equal (a document and
+            a bucket, say). None with `key_group` None: all in one group.
+        key_group: int32 [B|1 S K|1], or a tuple of as many.
         query_keep: bool [B|1 T N|1]; a dropped query outputs 0. None: all are kept.
         key_keep: bool [B|1 S K|1]; a dropped key is seen by nobody. None: all are kept.
         causal: whether a query sees no later key.
@@ -172,28 +173,44 @@ def make_plan(
         ValueError: if shapes, head counts or options do not fit one another, or if, outside `jit`, a head keeps more
             than its capacity. Inside `jit` the latest tokens that do not fit are dropped; `plan.overflow` counts them.
     """
-    check_sides(query_group, query_keep, key_group, key_keep)
-    sides = [
-        None if x is None else jnp.swapaxes(x, 1, 2)  # [B A L], as all plans are laid out
-        for x in (query_group, query_keep, key_group, key_keep)
-    ]
-    lengths = [next(x for x in side if x is not None).shape[-1] for side in (sides[:2], sides[2:])]
+    query_groups, key_groups = (
+        () if x is None else tuple(x) if isinstance(x, tuple | list) else (x,) for x in (query_group, key_group)
+    )
+    check_sides(query_groups, query_keep, key_groups, key_keep)
+    query_length, key_length = (
+        jax.tree.leaves(side)[0].shape[1] for side in ((query_groups, query_keep), (key_groups, key_keep))
+    )
+    # Plans are laid out [B A L].
+    sides = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), (query_groups, query_keep, key_groups, key_keep))
     return plan_sides(
-        tuple(sides),
-        lengths=tuple(lengths),
+        *sides,
+        lengths=(query_length, key_length),
         rule=Rule(causal, exclude_self, window),
         query_offset=query_offset,
         capacities=(query_capacity, key_capacity),
     )
 
 
-def plan_sides(sides, *, lengths, rule, query_offset, capacities) -> AttentionPlan:
-    """`make_plan` on checked groups and keeps [B A L]; with all of them None, one group in which nothing is dropped."""
+def plan_sides(
+    query_groups: tuple[Int32[Array, "#B #N T"], ...],
+    query_keep: Bool[Array, "#B #N T"] | None,
+    key_groups: tuple[Int32[Array, "#B #K S"], ...],
+    key_keep: Bool[Array, "#B #K S"] | None,
+    *,
+    lengths: tuple[int, int],
+    rule: Rule,
+    query_offset: int | Int32[Array, ""],
+    capacities: tuple[int | None, int | None],
+) -> AttentionPlan:
+    """`make_plan` on checked arrays; with no groups and no keeps, one group in which nothing is dropped."""
     check_offset(query_offset)
     for name, capacity in zip(("query_capacity", "key_capacity"), capacities, strict=True):
         if capacity is not None:
             positive_int(name, capacity)
-    plan = _plan(*sides, jnp.asarray(query_offset, jnp.int32), lengths=lengths, rule=rule, capacities=capacities)
+    offset = jnp.asarray(query_offset, jnp.int32)
+    plan = _plan(
+        query_groups, query_keep, key_groups, key_keep, offset, lengths=lengths, rule=rule, capacities=capacities
+    )
     for side, overflow, capacity in zip(
         ("query", "key"), (plan.query_overflow, plan.key_overflow), capacities, strict=True
     ):
@@ -203,9 +220,9 @@ def plan_sides(sides, *, lengths, rule, query_offset, capacities) -> AttentionPl
 
 
 @functools.partial(jax.jit, static_argnames=("lengths", "rule", "capacities"))
-def _plan(query_group, query_keep, key_group, key_keep, query_offset, *, lengths, rule, capacities) -> AttentionPlan:
-    queries = sort_tokens(query_group, query_keep, lengths[0], capacities[0])
-    keys = sort_tokens(key_group, key_keep, lengths[1], capacities[1])
+def _plan(query_groups, query_keep, key_groups, key_keep, query_offset, *, lengths, rule, capacities) -> AttentionPlan:
+    queries = sort_tokens(query_groups, query_keep, lengths[0], capacities[0])
+    keys = sort_tokens(key_groups, key_keep, lengths[1], capacities[1])
     heads = max(queries.num_kept.shape[1], keys.num_kept.shape[1])
     k_start, k_stop = _runs(queries, keys, rule.keys_seen(queries.position + query_offset, lengths[1]), heads)
     q_start, q_stop = _runs(keys, queries, rule.queries_seeing(keys.position - query_offset, lengths[0]), heads)
@@ -231,8 +248,8 @@ def _runs(
     """Slots of the columns that each row sees, where it sees the positions between the bounds of its own group."""
     rows, columns = (jax.tree.map(lambda x: repeat_heads(x, heads), side) for side in (rows, columns))
     lower, upper = (repeat_heads(x, heads) for x in bounds)
-    start = count_below(columns, rows.group, lower)
-    stop = jnp.maximum(start, count_below(columns, rows.group, upper))
+    start = count_below(columns, rows.groups, lower)
+    stop = jnp.maximum(start, count_below(columns, rows.groups, upper))
     # Dropped rows come last: an empty run at the end of the last kept one keeps the bounds monotone and the tiles few.
     kept = rows.kept()
     end = jnp.max(jnp.where(kept, stop, 0), axis=-1, keepdims=True)

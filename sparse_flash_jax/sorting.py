@@ -19,8 +19,8 @@ class SortedTokens(NamedTuple):
     """Position of the token in each slot; None where slots are positions."""
     slot: Int32[Array, "B A L"] | None
     """Slot of the token at each position, C where it has none."""
-    group: Int32[Array, "B A C"] | None
-    """Group of the token in each slot; None where all are in one."""
+    groups: tuple[Int32[Array, "B A C"], ...]
+    """Group ids of the token in each slot, compared in turn; none where all tokens are in one group."""
     position: Int32[Array, "B A C"]
     """Position of the token in each slot, as `order`, but never None."""
     num_kept: Int32[Array, "B A"]
@@ -35,12 +35,15 @@ class SortedTokens(NamedTuple):
 
 
 def sort_tokens(
-    group: Int32[Array, "#B #A L"] | None, keep: Bool[Array, "#B #A L"] | None, length: int, capacity: int | None
+    groups: tuple[Int32[Array, "#B #A L"], ...],
+    keep: Bool[Array, "#B #A L"] | None,
+    length: int,
+    capacity: int | None,
 ) -> SortedTokens:
-    """Sorts tokens by (dropped, group, position) and cuts the order to the capacity.
+    """Sorts tokens by (dropped, *groups, position) and cuts the order to the capacity.
 
     Args:
-        group: int32 [B A L], or None for one group.
+        groups: int32 [B A L] each; tokens are in one group where all ids are equal. None of them: one group.
         keep: bool [B A L], or None to keep all.
         length: L.
         capacity: static most tokens kept, or None. The latest tokens beyond it are dropped.
@@ -49,9 +52,9 @@ def sort_tokens(
     if keep is None and capacity < length:
         keep = jnp.ones((1, 1, length), bool)
     positions = jnp.arange(length, dtype=jnp.int32)[None, None]
-    if group is None and keep is None:
+    if not groups and keep is None:
         zero = jnp.zeros((1, 1), jnp.int32)
-        return SortedTokens(None, None, None, positions, zero + length, zero)
+        return SortedTokens(None, None, (), positions, zero + length, zero)
 
     overflow = num_kept = None
     if keep is not None:
@@ -59,50 +62,47 @@ def sort_tokens(
         num_kept = jnp.minimum(kept_until[..., -1], capacity)
         overflow = kept_until[..., -1] - num_kept
         keep = keep & (kept_until <= capacity)
-    shape = jnp.broadcast_shapes(*(x.shape for x in (group, keep) if x is not None))
+    keys = groups if keep is None else (~keep, *groups)
+    shape = jnp.broadcast_shapes(*(x.shape for x in keys))
     if num_kept is None or overflow is None:
         overflow = jnp.zeros(shape[:2], jnp.int32)
         num_kept = overflow + length
-    keys = [jnp.broadcast_to(x, shape) for x in (None if keep is None else ~keep, group) if x is not None]
-    *_, order = sorted_keys = lax.sort((*keys, jnp.broadcast_to(positions, shape)), num_keys=len(keys), is_stable=True)
-    group = None if group is None else sorted_keys[-2][..., :capacity]
+    operands = [jnp.broadcast_to(x, shape) for x in (*keys, positions)]
+    *sorted_keys, order = lax.sort(operands, num_keys=len(keys), is_stable=True)
+    groups = tuple(x[..., :capacity] for x in sorted_keys[len(keys) - len(groups) :])
     slot = jnp.minimum(invert(order), capacity)
     order = order[..., :capacity]
     num_kept, overflow = (jnp.broadcast_to(x, shape[:2]) for x in (num_kept, overflow))
-    return SortedTokens(order, slot, group, order, num_kept, overflow)
+    return SortedTokens(order, slot, groups, order, num_kept, overflow)
 
 
 def invert(order: Int32[Array, "B A L"]) -> Int32[Array, "B A L"]:
     """Returns the inverse permutation along the last axis."""
-    batch, heads, length = order.shape
-    row = jnp.arange(batch * heads, dtype=jnp.int32)[:, None] * length
-    index = (row + order.reshape(batch * heads, length)).reshape(-1)
-    value = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch * heads, length)).reshape(-1)
-    inverse = jnp.zeros_like(index).at[index].set(value, unique_indices=True, mode="promise_in_bounds")
-    return inverse.reshape(order.shape)
+    batch, head, slot = (lax.broadcasted_iota(jnp.int32, order.shape, axis) for axis in range(3))
+    return jnp.zeros_like(order).at[batch, head, order].set(slot, unique_indices=True, mode="promise_in_bounds")
 
 
 def count_below(
-    tokens: SortedTokens, group: Int32[Array, "#B #A M"] | None, position: Int32[Array, "#B #A M"]
+    tokens: SortedTokens, groups: tuple[Int32[Array, "#B #A M"], ...], position: Int32[Array, "#B #A M"]
 ) -> Int32[Array, "#B #A M"]:
-    """Returns for each probe how many kept tokens sort before (group, position): a binary search.
+    """Returns for each probe how many kept tokens sort before (*groups, position): a binary search.
 
     Args:
         tokens: sorted tokens, with the head axis of the probes, or 1.
-        group: int32 [B A M], or None where the tokens are in one group.
+        groups: int32 [B A M] each, as many as the tokens have.
         position: int32 [B A M]; may lie outside the sequence.
     """
     capacity = tokens.position.shape[-1]
     bits = capacity.bit_length()
     none_yet = jnp.zeros(jnp.broadcast_shapes(position.shape, (*tokens.num_kept.shape, 1)), jnp.int32)
-    tokens, group, position, none_yet = vary_alike((tokens, group, position, none_yet))
+    tokens, groups, position, none_yet = vary_alike((tokens, groups, position, none_yet))
 
     def halve(i, found):
         probe = found + (1 << (bits - 1) >> i)
         index = jnp.minimum(probe, capacity) - 1
         below = _look_up(tokens.position, index) < position
-        if group is not None and tokens.group is not None:
-            probed = _look_up(tokens.group, index)
+        for ids, group in zip(reversed(tokens.groups), reversed(groups), strict=True):
+            probed = _look_up(ids, index)
             below = (probed < group) | ((probed == group) & below)
         return jnp.where(below & (probe <= tokens.num_kept[..., None]), probe, found)
 
@@ -112,12 +112,10 @@ def count_below(
 
 def largest_group(tokens: SortedTokens) -> Int32[Array, "B A"]:
     """Returns the number of kept tokens in the largest group."""
-    if tokens.group is None:
-        return tokens.num_kept
-    slot = jnp.arange(tokens.group.shape[-1], dtype=jnp.int32)[None, None]
-    opens = jnp.concatenate(
-        [jnp.ones_like(tokens.group[..., :1], bool), tokens.group[..., 1:] != tokens.group[..., :-1]], axis=-1
-    )
+    slot = jnp.arange(tokens.position.shape[-1], dtype=jnp.int32)[None, None]
+    opens = slot == 0
+    for ids in tokens.groups:
+        opens = opens | (ids != jnp.roll(ids, 1, axis=-1))
     first = lax.cummax(jnp.where(opens, slot, 0), axis=2)
     return jnp.max(jnp.where(tokens.kept(), slot - first + 1, 0), axis=-1)
 

@@ -29,10 +29,15 @@ def check_array(name: str, x: Any, axes: str, dtypes: Sequence[Any]) -> None:
 
 def positive_int(name: str, value: Any) -> None:
     """Raises TypeError unless value is a Python int, ValueError unless it is at least 1."""
+    at_least(name, value, 1)
+
+
+def at_least(name: str, value: Any, least: int) -> None:
+    """Raises TypeError unless value is a Python int, ValueError unless it is at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be a static Python int, got {type(value).__name__}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 def check_window(window: int | None, *, causal: bool, exclude_self: bool) -> None:
@@ -54,33 +59,43 @@ def check_offset(query_offset: Any) -> None:
         raise TypeError(f"query_offset must be an int or an int32 scalar, got {got}.")
 
 
-def check_sides(query_group: Any, query_keep: Any, key_group: Any, key_keep: Any) -> None:
+def check_sides(query_groups: tuple, query_keep: Any, key_groups: tuple, key_keep: Any) -> None:
     """Raises where groups and keep masks of queries and keys do not make one pattern."""
-    if (query_group is None) != (key_group is None):
-        raise ValueError("query_group and key_group must be given together, or both be None (one group).")
-    for side, axes, group, keep in (("query", "B T N", query_group, query_keep), ("key", "B S K", key_group, key_keep)):
-        if group is None and keep is None:
-            raise ValueError(
-                f"{side}_group or {side}_keep must be given, since the {side} length comes from it; "
-                "for one group with nothing dropped use causal()."
-            )
-        if group is not None:
-            check_array(f"{side}_group", group, axes, (jnp.int32,))
-        if keep is not None:
-            check_array(f"{side}_keep", keep, axes, (jnp.bool_,))
-        if group is not None and keep is not None:
-            _check_broadcast(f"{side}_group", group, f"{side}_keep", keep)
-    given = [(name, x.shape[0]) for name, x in _named(query_group, query_keep, key_group, key_keep)]
-    if len({size for _, size in given} - {1}) > 1:
-        raise ValueError(f"batch sizes must be equal or 1, got {dict(given)}.")
-    heads = [
-        max(x.shape[2] for x in side if x is not None) for side in ((query_group, query_keep), (key_group, key_keep))
-    ]
-    if heads[0] != 1 and heads[0] % heads[1]:
+    if len(query_groups) != len(key_groups):
+        raise ValueError(
+            "query_group and key_group must be given together, as many arrays each, "
+            f"got {len(query_groups)} and {len(key_groups)}."
+        )
+    query_shape = _check_side("query", "B T N", query_groups, query_keep)
+    key_shape = _check_side("key", "B S K", key_groups, key_keep)
+    if 1 != query_shape[0] != key_shape[0] != 1:
+        raise ValueError(f"queries and keys must agree in batch size, got {query_shape[0]} and {key_shape[0]}.")
+    if query_shape[2] != 1 and query_shape[2] % key_shape[2]:
         raise ValueError(
             "key heads must divide query heads (grouped-query attention), "
-            f"got {heads[0]} query and {heads[1]} key heads."
+            f"got {query_shape[2]} query and {key_shape[2]} key heads."
         )
+
+
+def _check_side(side: str, axes: str, groups: tuple, keep: Any) -> tuple[int, int, int]:
+    """Returns the common shape of one side's groups and keep mask."""
+    if not groups and keep is None:
+        raise ValueError(
+            f"{side}_group or {side}_keep must be given, since the {side} length comes from it; "
+            "for one group with nothing dropped use causal()."
+        )
+    for group in groups:
+        check_array(f"{side}_group", group, axes, (jnp.int32,))
+    if keep is not None:
+        check_array(f"{side}_keep", keep, axes, (jnp.bool_,))
+    shapes = [x.shape for x in (*groups, keep) if x is not None]
+    lengths, others = {s[1] for s in shapes}, [{s[0] for s in shapes} - {1}, {s[2] for s in shapes} - {1}]
+    if len(lengths) > 1 or any(len(sizes) > 1 for sizes in others):
+        raise ValueError(
+            f"{side}_group and {side}_keep must agree in length, and in batch and heads unless one has size 1, "
+            f"got shapes {shapes}."
+        )
+    return max(s[0] for s in shapes), shapes[0][1], max(s[2] for s in shapes)
 
 
 def check_attention_inputs(q: Any, k: Any, v: Any) -> None:
@@ -107,18 +122,4 @@ def check_scale(scale: Any) -> None:
     if isinstance(scale, Tracer) or not hasattr(scale, "__float__"):
         raise TypeError(
             f"scale must be a static Python float, got {type(scale).__name__}; multiply q by a traced scale instead."
-        )
-
-
-def _named(query_group: Any, query_keep: Any, key_group: Any, key_keep: Any) -> list[tuple[str, Any]]:
-    names = ("query_group", "query_keep", "key_group", "key_keep")
-    return [(n, x) for n, x in zip(names, (query_group, query_keep, key_group, key_keep), strict=True) if x is not None]
-
-
-def _check_broadcast(name: str, x: Any, other_name: str, other: Any) -> None:
-    lengths_agree = x.shape[1] == other.shape[1]
-    if not lengths_agree or any(1 != m != n != 1 for m, n in zip(x.shape, other.shape, strict=True)):
-        raise ValueError(
-            f"{name} and {other_name} must agree in length, and in batch and heads unless one has size 1, "
-            f"got {x.shape} and {other.shape}."
         )
