@@ -242,9 +242,9 @@ def _plan(query_groups, query_keep, key_groups, key_keep, query_offset, *, lengt
 def _runs(
     rows: SortedTokens,
     columns: SortedTokens,
-    bounds: tuple[Int32[Array, "B A C"], Int32[Array, "B A C"]],
+    bounds: tuple[Int32[Array, "#B #A C"], Int32[Array, "#B #A C"]],
     heads: int,
-) -> tuple[Int32[Array, "B N C"], Int32[Array, "B N C"]]:
+) -> tuple[Int32[Array, "_B N C"], Int32[Array, "_B N C"]]:
     """Slots of the columns that each row sees, where it sees the positions between the bounds of its own group."""
     rows, columns = (jax.tree.map(lambda x: repeat_heads(x, heads), side) for side in (rows, columns))
     lower, upper = (repeat_heads(x, heads) for x in bounds)

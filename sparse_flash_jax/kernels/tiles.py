@@ -3,7 +3,9 @@
 Decides which tiles a kernel visits and which of those need a mask. Knows nothing of where the runs come from.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -63,3 +65,10 @@ def tile_range(
     full_start = lax.clamp(start, (last_start + block - 1) // block, stop)
     full_stop = lax.clamp(full_start, first_stop // block, stop)
     return TileRange(start, full_start, full_stop, stop)
+
+
+def sweep(step: Callable[..., Any], tiles: TileRange, carry: Any) -> Any:
+    """Runs `carry = step(tile, carry, masked=...)` over a range: masked, then unmasked, then masked again."""
+    carry = lax.fori_loop(tiles.start, tiles.full_start, functools.partial(step, masked=True), carry)
+    carry = lax.fori_loop(tiles.full_start, tiles.full_stop, functools.partial(step, masked=False), carry)
+    return lax.fori_loop(tiles.full_stop, tiles.stop, functools.partial(step, masked=True), carry)

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from sparse_flash_jax.kernels.config import Config
-from sparse_flash_jax.kernels.tiles import Runs, tile_range
+from sparse_flash_jax.kernels.tiles import Runs, sweep, tile_range
 
 LOWEST = -1e30
 """Score of a hidden pair: finite, so that a row of hidden pairs has no NaN in it."""
@@ -151,11 +151,8 @@ def backward_dkv(
 
 
 def _sweep(step: Callable, start: Int32[Array, " rows"], stop: Int32[Array, " rows"], columns: int, carry: Any) -> Any:
-    """Runs `step(tile, carry, masked=...)` over the tiles that the rows touch: masked, unmasked, masked."""
-    tiles = tile_range(start[0], stop[0], start[-1], stop[-1], columns)
-    carry = lax.fori_loop(tiles.start, tiles.full_start, functools.partial(step, masked=True), carry)
-    carry = lax.fori_loop(tiles.full_start, tiles.full_stop, functools.partial(step, masked=False), carry)
-    return lax.fori_loop(tiles.full_stop, tiles.stop, functools.partial(step, masked=True), carry)
+    """Runs `step(tile, carry, masked=...)` over the tiles that the rows touch."""
+    return sweep(step, tile_range(start[0], stop[0], start[-1], stop[-1], columns), carry)
 
 
 def _visible(
@@ -169,7 +166,7 @@ def _where(visible: Bool[Array, "rows columns"] | None, x: Float32[Array, "rows 
     return x if visible is None else jnp.where(visible, x, hidden)
 
 
-def _dot(spec: str, a: Float[Array, "m c"], b: Float[Array, "n c"]) -> Float32[Array, "m n"]:
+def _dot(spec: str, a: Float[Array, "_ _"], b: Float[Array, "_ _"]) -> Float32[Array, "_ _"]:
     """A product accumulated in float32; float32 operands are not rounded to a shorter type on any device."""
     return jnp.einsum(spec, a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
