@@ -1,0 +1,179 @@
+"""How fast sparse attention is: against dense attention in the same run, and where its time goes.
+
+python benchmarks/attention.py                      every case of this device; JSON to benchmarks/results/
+python benchmarks/attention.py --cases '*hash16*'   those whose names match
+python benchmarks/attention.py --quick              tiny lengths, to see that it runs
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from environment import environment, write
+from memory import memory, shortened
+from passes import dense_calls, make_plan, matmul_call, planned_memory, sparse_calls
+from selection import QUICK_LENGTH, Case, grows, select
+from timing import Timing, measure
+
+from sparse_flash_jax import AttentionPlan, PlanStats
+from sparse_flash_jax.kernels.config import xla_config
+
+RESULTS = Path(__file__).resolve().parent / "results"
+# For a visible pair and unit of head dim: q k^T and p v at two FLOPs each, and five such products in the backward pass.
+FORWARD_FLOPS, FORWARD_BACKWARD_FLOPS = 4, 14
+DENSE_ARRAYS = 4  # [B N T S] arrays in float32 that dense forward + backward on a CPU holds, by the compiler's plan
+
+
+def main() -> None:
+    """Measures, prints a table, writes JSON."""
+    args = _arguments()
+    platform = jax.default_backend()
+    cases = select(args.cases, platform)
+    if args.list:
+        print(*cases, sep="\n")
+        return
+    length = QUICK_LENGTH if args.quick else None
+    measured = [shortened(case, length) for case in cases]
+    samples = 1 if args.quick else args.samples
+    rates = {dtype: _matmul_rate(dtype, platform, args.quick) for dtype in sorted({case.dtype for case in cases})}
+    result = {"environment": environment(), "matmul_tflops": rates, "cases": [], "memory": []}
+    baselines: dict[tuple, dict[str, Timing] | str] = {}
+    print(_HEADER)
+    for case in measured:
+        tensors = (case.shape, case.dtype)
+        if tensors not in baselines:
+            baselines[tensors] = _dense(case, platform, samples)
+        record = _record(case, baselines[tensors], args.implementation, samples)
+        result["cases"].append(record)
+        print(_row(record), flush=True)
+    if platform == "cpu" and sys.platform == "linux" and not args.no_memory:
+        series = [case for case in cases if grows(case)]
+        print("\n" + _MEMORY_HEADER)
+        for case in series[:1] if args.quick else series:
+            result["memory"].append(memory(case, length, args.implementation))
+            print(_memory_row(result["memory"]), flush=True)
+    out = args.out or (None if args.quick else RESULTS / f"attention-{platform}.json")
+    if out:
+        write(result, out)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Times sparse attention against dense attention.")
+    parser.add_argument("--cases", nargs="+", default=[], help="names or shell patterns; default those of the device")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    parser.add_argument("--quick", action="store_true", help="tiny lengths, one sample")
+    parser.add_argument("--samples", type=int, default=5, help="samples of which the median is taken")
+    parser.add_argument("--implementation", help='"mosaic", "triton" or "xla"; default picks for the device')
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory by length (CPU on Linux only)")
+    parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/attention-PLATFORM.json")
+    return parser.parse_args()
+
+
+def _matmul_rate(dtype: str, platform: str, quick: bool) -> float:
+    """TFLOP/s of a square product: what no kernel of this dtype can pass."""
+    size = QUICK_LENGTH if quick else 2048 if platform == "cpu" else 8192
+    call = matmul_call(dtype, size)
+    return 2 * size**3 / measure(call.function, *call.args, samples=5).median / 1e12
+
+
+def _dense(case: Case, platform: str, samples: int) -> dict[str, Timing] | str:
+    """Times dense attention on the case's tensors, or says why not."""
+    s = case.shape
+    needed = DENSE_ARRAYS * 4 * s.B * s.N * s.T * s.keys
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if platform == "cpu" and needed > free / 2:
+        return f"not run: needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
+    implementation = "xla" if platform == "cpu" or case.dtype == "float32" else "cudnn"
+    calls = dense_calls(case, implementation)
+    return {name: measure(call.function, *call.args, samples=samples) for name, call in calls.items()}
+
+
+def _record(case: Case, dense: dict[str, Timing] | str, implementation: str | None, samples: int) -> dict[str, Any]:
+    """Times a case and relates the times to the work and to the baseline."""
+    shape = case.shape
+    calls = sparse_calls(case, implementation)
+    times = {name: measure(call.function, *call.args, samples=samples) for name, call in calls.items()}
+    plan = make_plan(case, calls["plan"].args[0])
+    stats = _tiles(plan, implementation)
+    pairs = stats.visible_pairs * (shape.B * shape.N // stats.heads)
+    baseline = dense if isinstance(dense, dict) else {}
+
+    def tflops(name: str) -> float:
+        flops = FORWARD_BACKWARD_FLOPS if name.endswith("backward") else FORWARD_FLOPS
+        return flops * pairs * shape.H / times[name].median / 1e12
+
+    return {
+        "case": str(case),
+        "visible_pairs": pairs,
+        "density": stats.density,
+        "tiles": {
+            "block_q": stats.block_q,
+            "block_k": stats.block_k,
+            "executed": stats.executed_tiles,
+            "full": stats.full_tiles,
+            "total": stats.total_tiles,
+            "efficiency": stats.tile_efficiency,
+        },
+        "seconds": {name: timing._asdict() for name, timing in {**times, **baseline}.items()},
+        "dense": "measured" if baseline else dense,
+        "useful_tflops": {name: tflops(name) for name in times if name.split("_")[0] in ("kernel", "forward")},
+        "speedup": {
+            name: baseline[f"dense_{name}"].median / times[name].median
+            for name in ("forward", "forward_backward")
+            if baseline
+        },
+        "temporary_bytes": planned_memory(calls["forward_backward"].compile()).temp_size_in_bytes,
+    }
+
+
+def _tiles(plan: AttentionPlan, implementation: str | None) -> PlanStats:
+    """Counts tiles: those of the XLA forward pass where it runs, else 128 x 128."""
+    if implementation != "xla" and jax.default_backend() != "cpu":
+        return plan.stats()
+    blocks = xla_config(plan.runs.k_start.shape[-1], plan.runs.q_start.shape[-1]).forward
+    return plan.stats(blocks.rows, blocks.columns)
+
+
+_COLUMNS = ("plan", "gather", "kernel_forward", "kernel_forward_backward", "forward", "forward_backward")
+_HEADER = (
+    "ms, medians; plan, gather and kernels by themselves, then the whole call; TFLOP/s of visible pairs, whole call\n"
+    f"{'case':<36}{'plan':>8}{'gather':>8}{'k fwd':>9}{'k f+b':>9}{'fwd':>9}{'f+b':>9}{'dense f':>9}{'dense f+b':>10}"
+    f"{'x fwd':>7}{'x f+b':>7}{'TFLOP/s':>9}{'tiles':>7}"
+)
+
+
+def _row(record: dict[str, Any]) -> str:
+    ms = {name: 1e3 * timing["median"] for name, timing in record["seconds"].items()}
+    cells = [f"{record['case']:<36}"]
+    widths = (8, 8, 9, 9, 9, 9)
+    cells += [f"{ms[name]:>{width}.2f}" for name, width in zip(_COLUMNS, widths, strict=True)]
+    for name, width in (("dense_forward", 9), ("dense_forward_backward", 10)):
+        cells.append(f"{ms[name]:>{width}.1f}" if name in ms else f"{'-':>{width}}")
+    for name in ("forward", "forward_backward"):
+        cells.append(f"{record['speedup'][name]:>7.2f}" if record["speedup"] else f"{'-':>7}")
+    cells.append(f"{record['useful_tflops']['forward_backward']:>9.3g}")
+    cells.append(f"{record['tiles']['efficiency']:>7.2f}")
+    return "".join(cells)
+
+
+_MEMORY_HEADER = (
+    "MiB, forward + backward; x: over the row above\n"
+    f"{'length':>8}{'peak RSS growth':>17}{'x':>6}{'temporaries':>13}{'x':>6}{'outputs':>9}{'dense temporaries':>19}"
+)
+
+
+def _memory_row(series: list[dict[str, Any]]) -> str:
+    last, before = series[-1], series[-2] if len(series) > 1 else None
+    cells = [f"{last['length']:>8}"]
+    for name, width in (("peak_rss_growth_bytes", 17), ("temporary_bytes", 13)):
+        cells.append(f"{last[name] / 2**20:>{width}.1f}")
+        cells.append(f"{last[name] / before[name]:>6.2f}" if before and before[name] else f"{'':>6}")
+    cells.append(f"{last['output_bytes'] / 2**20:>9.1f}{last['dense_temporary_bytes'] / 2**20:>19.1f}")
+    return "".join(cells)
+
+
+if __name__ == "__main__":
+    main()

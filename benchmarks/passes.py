@@ -1,0 +1,120 @@
+"""The calls that are timed: the whole of sparse attention, its parts, and the dense baseline."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from selection import Case
+
+import sparse_flash_jax as sfj
+from sparse_flash_jax.kernels.interval import interval_attention
+from sparse_flash_jax.permute import gather, restore
+
+
+class Call(NamedTuple):
+    """A jitted function and its arguments."""
+
+    function: jax.stages.Wrapped
+    args: tuple[Any, ...]
+
+    def compile(self) -> jax.stages.Compiled:
+        """Returns the compiled function, to be called or asked for its memory."""
+        return self.function.lower(*self.args).compile()
+
+
+def make_plan(case: Case, arrays: dict[str, jax.Array]) -> sfj.AttentionPlan:
+    """Returns the case's plan, from its groups and keep masks."""
+    pattern, shape = case.pattern, case.shape
+    if arrays:
+        return sfj.make_plan(**arrays, **pattern.options)
+    return sfj.causal(shape.T, shape.keys, pattern.query_offset, window=pattern.window)
+
+
+def sparse_step(case: Case, implementation: str | None) -> Call:
+    """Returns forward and backward as a user has them: plan, gather, kernels and restore in one `jit`."""
+    return Call(_with_gradients(_whole(case, implementation)), (*_operands(case), case.inputs().do))
+
+
+def sparse_calls(case: Case, implementation: str | None) -> dict[str, Call]:
+    """Returns the whole call (`forward`, `forward_backward`), and plan, gather and kernels by themselves."""
+    arrays, q, k, v = _operands(case)
+    do = case.inputs().do
+    plan = jax.jit(lambda arrays: make_plan(case, arrays))
+    planned = plan(arrays)
+    slotted = jax.jit(_gather)(planned, q, k, v)
+    slotted_do = gather(do, planned.query_order, planned.query_slot)
+    whole = _whole(case, implementation)
+
+    def kernel(runs, q, k, v):
+        return interval_attention(q, k, v, runs, implementation=implementation)[0]
+
+    def permute(plan, q, k, v, o):
+        return _gather(plan, q, k, v), restore(o, plan.query_order, plan.query_slot)
+
+    return {
+        "plan": Call(plan, (arrays,)),
+        "gather": Call(jax.jit(permute), (planned, q, k, v, slotted_do)),
+        "kernel_forward": Call(jax.jit(kernel), (planned.runs, *slotted)),
+        "kernel_forward_backward": Call(_with_gradients(kernel), (planned.runs, *slotted, slotted_do)),
+        "forward": Call(jax.jit(whole), (arrays, q, k, v)),
+        "forward_backward": Call(_with_gradients(whole), (arrays, q, k, v, do)),
+    }
+
+
+def dense_calls(case: Case, implementation: Literal["xla", "cudnn"]) -> dict[str, Call]:
+    """Returns dense causal attention of JAX's own on the same tensors."""
+    q, k, v, do, _ = case.inputs()
+
+    def dense(_, q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+
+    return {
+        "dense_forward": Call(jax.jit(dense), (None, q, k, v)),
+        "dense_forward_backward": Call(_with_gradients(dense), (None, q, k, v, do)),
+    }
+
+
+def matmul_call(dtype: str, size: int) -> Call:
+    """Returns a square matrix product, for the rate that the device reaches."""
+    x = jax.random.normal(jax.random.key(0), (size, size), jnp.float32).astype(dtype)
+    return Call(jax.jit(jnp.matmul), (x, x))
+
+
+def _operands(case: Case) -> tuple[dict[str, jax.Array], jax.Array, jax.Array, jax.Array]:
+    arrays = {name: jnp.asarray(x) for name, x in case.arrays().items()}
+    return arrays, *case.inputs()[:3]
+
+
+def _whole(case: Case, implementation: str | None) -> Callable[..., jax.Array]:
+    def attend(arrays, q, k, v):
+        return sfj.sparse_attention(q, k, v, make_plan(case, arrays), implementation=implementation)
+
+    return attend
+
+
+def _gather(plan, q, k, v):
+    q = gather(q, plan.query_order, plan.query_slot)
+    return q, *(gather(x, plan.key_order, plan.key_slot) for x in (k, v))
+
+
+def _with_gradients(attend: Callable[..., jax.Array]) -> jax.stages.Wrapped:
+    """Returns a jitted function of (what decides the mask, q, k, v, do) that gives o, dq, dk, dv."""
+
+    def step(deciding, q, k, v, do):
+        o, pull_back = jax.vjp(lambda q, k, v: attend(deciding, q, k, v), q, k, v)
+        return o, *pull_back(do)
+
+    return jax.jit(step)
+
+
+def planned_memory(compiled: jax.stages.Compiled) -> Any:
+    """Returns the compiler's plan of temporary, argument and output bytes.
+
+    Raises:
+        NotImplementedError: if the backend does not tell.
+    """
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise NotImplementedError("this backend does not tell how much memory a program takes.")
+    return analysis

@@ -1,0 +1,40 @@
+"""How long a call takes: the median over samples, after compilation and a warm-up."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+SAMPLE_SECONDS = 0.02  # long against the clock and the dispatch of a call
+MOST_CALLS = 20  # in flight together, each holding its outputs
+
+
+class Timing(NamedTuple):
+    """Seconds a call, over `samples` samples of `calls` calls each."""
+
+    median: float
+    best: float
+    worst: float
+    samples: int
+    calls: int
+
+
+def measure(function: Callable[..., Any], *args: Any, samples: int) -> Timing:
+    """Times `function(*args)`, whose outputs are JAX arrays."""
+    jax.block_until_ready(function(*args))
+    start = time.perf_counter()
+    jax.block_until_ready(function(*args))
+    once = time.perf_counter() - start
+    calls = min(MOST_CALLS, math.ceil(SAMPLE_SECONDS / once))
+    seconds = []
+    for _ in range(samples):
+        start = time.perf_counter()
+        outputs = function(*args)
+        for _ in range(calls - 1):
+            outputs = function(*args)
+        jax.block_until_ready(outputs)
+        seconds.append((time.perf_counter() - start) / calls)
+    return Timing(statistics.median(seconds), min(seconds), max(seconds), samples, calls)

@@ -1,0 +1,76 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CASE = "B1-T8192-N4-H64-hash16-f32"
+
+
+def _run(script, *args):
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    env.pop("XLA_FLAGS", None)
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, args)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def _finite(value):
+    if isinstance(value, dict | list):
+        return all(map(_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _check_environment(environment):
+    assert environment["platform"] == "cpu"
+    assert environment["command"].startswith("python benchmarks/")
+    assert {"device", "processor", "cores", "jax", "jaxlib", "python", "commit", "date"} <= environment.keys()
+
+
+def test_attention_writes_times_work_and_memory(tmp_path):
+    out = tmp_path / "attention.json"
+    done = _run("attention.py", "--quick", "--cases", CASE, "--out", out)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    _check_environment(result["environment"])
+    assert _finite(result)
+    assert result["matmul_tflops"]["float32"] > 0
+
+    (case,) = result["cases"]
+    assert case["case"] == CASE.replace("8192", "256")
+    assert case["dense"] == "measured"
+    parts = {"plan", "gather", "kernel_forward", "kernel_forward_backward"}
+    whole = {"forward", "forward_backward", "dense_forward", "dense_forward_backward"}
+    assert case["seconds"].keys() == parts | whole
+    assert all(timing["best"] <= timing["median"] <= timing["worst"] for timing in case["seconds"].values())
+    for name, speedup in case["speedup"].items():
+        assert speedup == case["seconds"][f"dense_{name}"]["median"] / case["seconds"][name]["median"]
+    assert 0 < case["tiles"]["executed"] <= case["tiles"]["total"]
+    assert case["temporary_bytes"] > 0
+
+    (memory,) = result["memory"]
+    assert memory["length"] == 256
+    assert memory["peak_rss_growth_bytes"] > 0
+    assert memory["output_bytes"] > 4 * 256 * 4 * 64 * 4  # o, dq, dk, dv
+    assert case["case"] in done.stdout
+    assert "peak RSS growth" in done.stdout
+
+
+def test_an_unknown_case_is_named():
+    done = _run("attention.py", "--cases", "nonsense")
+    assert done.returncode != 0
+    assert "no case is named 'nonsense'" in done.stderr
+    assert CASE in done.stderr
+
+
+def test_overheads_writes_import_and_plan_times(tmp_path):
+    out = tmp_path / "overheads.json"
+    done = _run("overheads.py", "--quick", "--patterns", "causal", "hash16", "--out", out)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    _check_environment(result["environment"])
+    assert _finite(result)
+    assert result["import_seconds"]["sparse_flash_jax"] > 0
+    assert [plan["pattern"] for plan in result["plans"]] == ["causal", "hash16"]
+    assert all(plan[name]["median"] > 0 for plan in result["plans"] for name in ("eager", "jit"))
