@@ -1,0 +1,113 @@
+"""From projected heads to attended heads: shared keys, rotary positions, the plan, gates.
+
+Both Flax modules call `attend`; they differ in how parameters are held, and in nothing of what is computed.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
+
+from sparse_flash_jax.attention import sparse_attention
+from sparse_flash_jax.flax.pattern import Dense, KeepScores, Pattern
+from sparse_flash_jax.plan import AttentionPlan
+
+# The square root of this is far below the length of any useful query, and a zero query still has a finite gradient.
+_SMALLEST_SQUARE = 1e-12
+
+
+def check_heads(num_heads: int, num_key_heads: int, head_dim: int, shared_qk: bool, rope: bool):
+    """Checks the options of an attention layer.
+
+    Raises:
+        ValueError: naming the options that do not fit one another.
+    """
+    if num_heads % num_key_heads:
+        raise ValueError(f"num_key_heads must divide num_heads {num_heads}, got {num_key_heads}.")
+    if shared_qk and num_key_heads != num_heads:
+        raise ValueError(
+            f"shared_qk makes each head's keys out of its own queries, so num_key_heads must be num_heads {num_heads}, "
+            f"got {num_key_heads}."
+        )
+    if rope and head_dim % 2:
+        raise ValueError(f"rotary positions turn pairs of features, so head_dim must be even, got {head_dim}.")
+
+
+def attend(
+    pattern: Pattern,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"] | None,
+    v: Float[Array, "B T K H"],
+    *,
+    key: PRNGKeyArray | None = None,
+    positions: Int32[Array, "#B T"] | None = None,
+    rope_base: float | None = None,
+    segment_ids: Int32[Array, "B T"] | None = None,
+    scores: KeepScores | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N H"], AttentionPlan]:
+    """Self-attention of projected heads under a pattern.
+
+    The plan is made before rotary positions are applied: buckets go by content. Where tokens are kept by learned
+    scores, their outputs and values are multiplied by sigmoid(score), through which the scores learn.
+
+    Args:
+        pattern: what is visible.
+        q: queries [B T N H].
+        k: keys [B T K H]; None makes them of the queries, each normalised to length 1.
+        v: values [B T K H].
+        key: PRNG key of hashing or dropping.
+        positions: int32 [B|1 T], for rotary positions; default 0..T-1.
+        rope_base: largest wavelength of rotary positions; None for none.
+        segment_ids: int32 [B T], documents.
+        scores: of queries and keys, for `QK(scored=True)`.
+        scale: of the scores; default 1 / sqrt(H).
+        implementation: as of `sparse_attention`.
+
+    Returns:
+        The heads' outputs [B T N H] and the plan.
+    """
+    plan = pattern.plan(q, q if k is None else k, key=key, segment_ids=segment_ids, scores=scores)
+    k = normalise(q) if k is None else k
+    if rope_base is not None:
+        positions = jnp.arange(q.shape[1], dtype=jnp.int32)[None] if positions is None else positions
+        q, k = rotate(q, positions, rope_base), rotate(k, positions, rope_base)
+    if scores is not None:
+        v = _gate(v, scores.key)
+    if isinstance(pattern, Dense) and pattern.backend is not None:
+        o = _jax_attention(pattern, q, k, v, segment_ids, scale)
+    else:
+        o = sparse_attention(q, k, v, plan, scale=scale, implementation=implementation)
+    return (o if scores is None else _gate(o, scores.query)), plan
+
+
+def normalise(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+    """Each vector divided by its length, in float32."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, axis=-1, keepdims=True) + _SMALLEST_SQUARE)).astype(x.dtype)
+
+
+def rotate(x: Float[Array, "B T N H"], positions: Int32[Array, "#B T"], base: float) -> Float[Array, "B T N H"]:
+    """Rotary positions: feature i and feature i + H/2 turn by position * base^(-2i/H), in float32.
+
+    Source: "RoFormer: Enhanced Transformer with Rotary Position Embedding", arXiv 2104.09864.
+    """
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+
+
+def _gate(x: Float[Array, "B T N H"], score: Float[Array, "B T N"]) -> Float[Array, "B T N H"]:
+    return x * jax.nn.sigmoid(score.astype(jnp.float32)).astype(x.dtype)[..., None]
+
+
+def _jax_attention(pattern: Dense, q, k, v, segment_ids, scale):
+    if segment_ids is not None:
+        raise ValueError(f"backend {pattern.backend!r} takes no segment_ids; leave out the backend to use them.")
+    window = None if pattern.window is None else (pattern.window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, local_window_size=window, implementation=pattern.backend
+    )

@@ -1,0 +1,153 @@
+"""Flax NNX: a self-attention module, and an `attention_fn` for `nnx.MultiHeadAttention`."""
+
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
+
+from sparse_flash_jax.flax.adapter import attention_fn
+from sparse_flash_jax.flax.heads import attend, check_heads
+from sparse_flash_jax.flax.pattern import QK, Dense, Hash, KeepScores, Pattern
+from sparse_flash_jax.plan import AttentionPlan
+
+__all__ = ["QK", "Dense", "Hash", "Pattern", "SparseSelfAttention", "attention_fn"]
+
+_default_init = nnx.initializers.lecun_normal()
+
+
+class SparseSelfAttention(nnx.Module):
+    """Causal multi-head self-attention under a pattern.
+
+    Args:
+        in_features: size of the inputs and outputs, D.
+        num_heads: query heads, N.
+        pattern: what a token sees: `Dense`, `Hash` or `QK`.
+        head_dim: H; default in_features / num_heads.
+        num_key_heads: K, which divides N; default N.
+        shared_qk: project no keys; they are the queries, normalised per head.
+        rope_base: largest wavelength of rotary positions; None for none.
+        scale: of the scores; default 1 / sqrt(H).
+        use_bias: whether the projections have biases.
+        dtype: to compute in; None promotes inputs and parameters.
+        param_dtype: of the parameters.
+        kernel_init: of the projections into heads.
+        out_kernel_init: of the projection out of them; default kernel_init.
+        implementation: as of `sparse_attention`.
+        rngs: for the parameters.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_heads: int,
+        pattern: Pattern,
+        *,
+        head_dim: int | None = None,
+        num_key_heads: int | None = None,
+        shared_qk: bool = False,
+        rope_base: float | None = None,
+        scale: float | None = None,
+        use_bias: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Callable[..., Array] = _default_init,
+        out_kernel_init: Callable[..., Array] | None = None,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if head_dim is None and in_features % num_heads:
+            raise ValueError(f"num_heads {num_heads} must divide in_features {in_features}, or give head_dim.")
+        head_dim = in_features // num_heads if head_dim is None else head_dim
+        num_key_heads = num_heads if num_key_heads is None else num_key_heads
+        check_heads(num_heads, num_key_heads, head_dim, shared_qk, rope_base is not None)
+        self.pattern = pattern
+        self.rope_base = rope_base
+        self.scale = scale
+        self.implementation = implementation
+
+        def projection(out_features: tuple[int, ...] | int) -> nnx.LinearGeneral:
+            return nnx.LinearGeneral(
+                in_features,
+                out_features,
+                use_bias=use_bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                kernel_init=kernel_init,
+                rngs=rngs,
+            )
+
+        self.query = projection((num_heads, head_dim))
+        self.key = nnx.data(None if shared_qk else projection((num_key_heads, head_dim)))
+        self.value = projection((num_key_heads, head_dim))
+        scored = isinstance(pattern, QK) and pattern.scored
+        self.query_score = nnx.data(projection(num_heads) if scored else None)
+        self.key_score = nnx.data(projection(num_key_heads) if scored else None)
+        self.out = nnx.LinearGeneral(
+            (num_heads, head_dim),
+            in_features,
+            axis=(-2, -1),
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=kernel_init if out_kernel_init is None else out_kernel_init,
+            rngs=rngs,
+        )
+
+    @overload
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        key: Any = ...,
+        positions: Any = ...,
+        segment_ids: Any = ...,
+        return_plan: Literal[False] = ...,
+    ) -> jax.Array: ...
+
+    @overload
+    def __call__(
+        self, x: jax.Array, *, key: Any = ..., positions: Any = ..., segment_ids: Any = ..., return_plan: Literal[True]
+    ) -> tuple[jax.Array, AttentionPlan]: ...
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        key: PRNGKeyArray | None = None,
+        positions: Int32[Array, "#B T"] | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        return_plan: bool = False,
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], AttentionPlan]:
+        """Attends within a sequence.
+
+        Args:
+            x: inputs [B T D].
+            key: PRNG key of hashing or random dropping; fresh for each layer and step, fixed in evaluation.
+            positions: int32 [B|1 T] for rotary positions; default 0..T-1.
+            segment_ids: int32 [B T]; tokens see only their own document.
+            return_plan: whether to return the plan too.
+
+        Returns:
+            Outputs [B T D], and the plan if asked for.
+        """
+        scores = None
+        if self.query_score is not None and self.key_score is not None:
+            scores = KeepScores(self.query_score(x), self.key_score(x))
+        o, plan = attend(
+            self.pattern,
+            self.query(x),
+            None if self.key is None else self.key(x),
+            self.value(x),
+            key=key,
+            positions=positions,
+            rope_base=self.rope_base,
+            segment_ids=segment_ids,
+            scores=scores,
+            scale=self.scale,
+            implementation=self.implementation,
+        )
+        out = self.out(o)
+        return (out, plan) if return_plan else out

@@ -1,0 +1,170 @@
+"""What a layer sees, as frozen descriptions that make a plan out of its queries and keys.
+
+A pattern is a static choice (hashable, comparable); the plan that it makes depends on the data and on a PRNG key. Both
+Flax APIs and the models share these. Flax itself is not needed here.
+"""
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
+
+from sparse_flash_jax.hashing import lsh_buckets
+from sparse_flash_jax.patterns import causal, packed, random_keep, top_keep
+from sparse_flash_jax.plan import AttentionPlan, make_plan
+
+
+class KeepScores(NamedTuple):
+    """Learned scores by which `QK(scored=True)` keeps tokens.
+
+    Attributes:
+        query: float [B T N].
+        key: float [B S K].
+    """
+
+    query: Float[Array, "B T N"]
+    key: Float[Array, "B S K"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """Every earlier token, or the last few.
+
+    Args:
+        window: tokens that a query sees, itself included; None for all.
+        backend: None for the kernels of this package, or the implementation of `jax.nn.dot_product_attention`.
+    """
+
+    window: int | None = None
+    backend: Literal["xla", "cudnn"] | None = None
+
+    def plan(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        *,
+        key: PRNGKeyArray | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        scores: KeepScores | None = None,
+    ) -> AttentionPlan:
+        """Returns the causal plan, within documents where `segment_ids` [B T] are given."""
+        if segment_ids is None:
+            return causal(q.shape[1], k.shape[1], window=self.window)
+        return packed(segment_ids, window=self.window)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hash:
+    """Earlier tokens of the same bucket of an angular locality-sensitive hash.
+
+    Args:
+        num_buckets: even.
+        exclude_self: whether a token does not see itself; the first token of a bucket then outputs 0.
+        window: tokens back that a query sees, itself included; None for all.
+    """
+
+    num_buckets: int
+    exclude_self: bool = False
+    window: int | None = None
+
+    def plan(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        *,
+        key: PRNGKeyArray | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        scores: KeepScores | None = None,
+    ) -> AttentionPlan:
+        """Returns the plan for rotations drawn from `key`, one for each key head.
+
+        Args:
+            q: queries [B T N H].
+            k: keys [B S K H]; give q itself where keys are queries up to their length, to hash once.
+            key: PRNG key of the rotations.
+            segment_ids: documents [B T]; buckets then do not cross them.
+            scores: not used.
+
+        Raises:
+            ValueError: if there is no key.
+        """
+        if key is None:
+            raise ValueError(f"{self} draws random rotations: pass key=jax.random.key(...), a fresh one each step.")
+        query_bucket = lsh_buckets(q, self.num_buckets, key, num_rotations=k.shape[2])
+        key_bucket = query_bucket if k is q else lsh_buckets(k, self.num_buckets, key)
+        document = () if segment_ids is None else (segment_ids[..., None],)
+        return make_plan(
+            query_group=(*document, query_bucket),
+            key_group=(*document, key_bucket),
+            exclude_self=self.exclude_self,
+            window=self.window,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class QK:
+    """Earlier tokens, after a share of the queries and of the keys is dropped in each head.
+
+    Each head keeps exactly ceil((1 - rate) * T) queries and as many keys, so the sorted sequence really is shorter.
+
+    Args:
+        rate: share to drop, in [0, 1).
+        scored: keep the tokens with the highest learned scores, not random ones. The choice compares a token with
+            later ones too: it looks ahead, so a language model trained with it is not strictly causal.
+        window: tokens back that a query sees, itself included; None for all.
+    """
+
+    rate: float
+    scored: bool = False
+    window: int | None = None
+
+    def plan(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        *,
+        key: PRNGKeyArray | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        scores: KeepScores | None = None,
+    ) -> AttentionPlan:
+        """Returns the plan for tokens dropped by `key`, or by `scores` where the pattern is scored.
+
+        Args:
+            q: queries [B T N H]; only its shape counts.
+            k: keys [B S K H]; only its shape counts.
+            key: PRNG key of random dropping.
+            segment_ids: documents [B T].
+            scores: scores of queries and keys, for scored dropping.
+
+        Raises:
+            ValueError: if the key, or the scores, are missing.
+        """
+        query_count, key_count = (math.ceil((1 - self.rate) * x.shape[1]) for x in (q, k))
+        if self.scored:
+            if scores is None:
+                raise ValueError(f"{self} keeps tokens by score: pass scores=KeepScores(query, key).")
+            query_keep, key_keep = top_keep(scores.query, query_count), top_keep(scores.key, key_count)
+        else:
+            if key is None:
+                raise ValueError(f"{self} drops tokens at random: pass key=jax.random.key(...), a fresh one each step.")
+            query_key, key_key = jax.random.split(key)
+            query_keep, key_keep = (
+                random_keep(side_key, (x.shape[0], x.shape[1], x.shape[2]), self.rate)
+                for side_key, x in ((query_key, q), (key_key, k))
+            )
+        group = None if segment_ids is None else segment_ids[..., None].astype(jnp.int32)
+        return make_plan(
+            query_group=group,
+            key_group=group,
+            query_keep=query_keep,
+            key_keep=key_keep,
+            window=self.window,
+            query_capacity=query_count,
+            key_capacity=key_count,
+        )
+
+
+Pattern = Dense | Hash | QK

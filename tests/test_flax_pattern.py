@@ -1,0 +1,116 @@
+"""Patterns against their definitions: the plan's dense meaning is compared, exactly, with masks written out here."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparse_flash_jax as sfj
+from sparse_flash_jax.flax.heads import normalise, rotate
+from sparse_flash_jax.flax.pattern import QK, Dense, Hash, KeepScores
+
+B, T, N, K, H = 2, 37, 4, 2, 8
+EARLIER = np.tril(np.ones((T, T), bool))
+WINDOW = EARLIER & ~np.tril(np.ones((T, T), bool), -5)
+
+
+@pytest.fixture
+def heads():
+    q_key, k_key = jax.random.split(jax.random.key(0))
+    return jax.random.normal(q_key, (B, T, N, H)), jax.random.normal(k_key, (B, T, K, H))
+
+
+@pytest.fixture
+def segment_ids():
+    return jnp.asarray(np.sort(np.random.default_rng(0).integers(-2, 3, (B, T)), axis=1), jnp.int32)
+
+
+def same_document(segment_ids):
+    return np.asarray(segment_ids)[:, None, :, None] == np.asarray(segment_ids)[:, None, None, :]
+
+
+def dense(plan):
+    return np.broadcast_to(np.asarray(plan.mask()), (B, N, T, T))
+
+
+def per_query_head(x):
+    return np.repeat(np.asarray(x).swapaxes(1, 2), N // x.shape[2], axis=1)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("window", "expected"), [(None, EARLIER), (5, WINDOW)])
+def test_dense(heads, segment_ids, packed, window, expected):
+    plan = Dense(window=window).plan(*heads, segment_ids=segment_ids if packed else None)
+    documents = same_document(segment_ids) if packed else np.ones((1, 1, 1, 1), bool)
+    np.testing.assert_array_equal(dense(plan), np.broadcast_to(documents & expected, (B, N, T, T)))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_hash_grouped_heads_share_rotations(heads, segment_ids, exclude_self, packed):
+    q, k = heads
+    key = jax.random.key(1)
+    plan = Hash(4, exclude_self=exclude_self).plan(q, k, key=key, segment_ids=segment_ids if packed else None)
+    query_bucket = per_query_head(sfj.lsh_buckets(q, 4, key, num_rotations=K))
+    key_bucket = per_query_head(sfj.lsh_buckets(k, 4, key))
+    expected = (query_bucket[..., :, None] == key_bucket[..., None, :]) & np.tril(EARLIER, -int(exclude_self))
+    np.testing.assert_array_equal(dense(plan), expected & same_document(segment_ids) if packed else expected)
+
+
+def test_hash_of_shared_queries_and_keys_is_the_hash_of_normalised_ones(heads):
+    q, _ = heads
+    shared = Hash(8).plan(q, q, key=jax.random.key(1))
+    separate = Hash(8).plan(q, normalise(q), key=jax.random.key(1))
+    np.testing.assert_array_equal(np.asarray(shared.mask()), np.asarray(separate.mask()))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.9])
+def test_qk_keeps_exact_counts(heads, segment_ids, rate, packed):
+    plan = QK(rate).plan(*heads, key=jax.random.key(2), segment_ids=segment_ids if packed else None)
+    count = int(np.ceil((1 - rate) * T))
+    assert plan.query_order is None or plan.query_order.shape[-1] == count
+    assert int(jnp.sum(plan.overflow)) == 0
+    mask = dense(plan)
+    documents = same_document(segment_ids) if packed else np.ones((1, 1, 1, 1), bool)
+    assert not np.any(mask & ~(EARLIER & documents))
+    rows, columns = mask.any(-1), mask.any(-2)
+    expected = rows[..., :, None] & columns[..., None, :] & EARLIER & documents
+    np.testing.assert_array_equal(mask, expected)
+    assert rows.sum(-1).max() <= count
+    assert columns.sum(-1).max() <= count
+
+
+def test_qk_scored_keeps_the_best(heads):
+    q, k = heads
+    scores = KeepScores(
+        jax.random.normal(jax.random.key(3), (B, T, N)), jax.random.normal(jax.random.key(4), (B, T, K))
+    )
+    plan = QK(0.5, scored=True).plan(q, k, scores=scores)
+    count = -(-T // 2)
+    kept = [per_query_head(sfj.top_keep(score, count)) for score in scores]
+    np.testing.assert_array_equal(dense(plan), kept[0][..., :, None] & kept[1][..., None, :] & EARLIER)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "missing"), [(Hash(4), "key="), (QK(0.5), "key="), (QK(0.5, scored=True), "scores=")]
+)
+def test_what_is_missing_is_named(heads, pattern, missing):
+    with pytest.raises(ValueError, match=missing):
+        pattern.plan(*heads)
+
+
+def test_rotary_scores_depend_on_the_distance_alone(heads):
+    q, _ = heads
+    positions = jnp.arange(T, dtype=jnp.int32)[None]
+    q, k = (x[:, :1].repeat(T, axis=1) for x in (q, q + 1.0))
+    scores = jnp.einsum("btnh,bsnh->bnts", rotate(q, positions, 100.0), rotate(k, positions, 100.0))
+    np.testing.assert_allclose(scores[..., 1:, 1:], scores[..., :-1, :-1], atol=1e-4)
+    np.testing.assert_allclose(
+        jnp.linalg.norm(rotate(q, positions, 100.0), axis=-1), jnp.linalg.norm(q, axis=-1), rtol=1e-5
+    )
+
+
+def test_normalising_zero_is_finite():
+    gradient = jax.grad(lambda x: jnp.sum(normalise(x)))(jnp.zeros((1, 2, 1, H)))
+    assert bool(jnp.all(jnp.isfinite(gradient)))
