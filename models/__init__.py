@@ -1,0 +1,1 @@
+"""Models that use the attention of `sparse_flash_jax`."""

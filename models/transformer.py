@@ -1,0 +1,236 @@
+"""The language model: a pre-norm decoder whose layers differ from a dense one in what their attention sees, only.
+
+No biases, GELU MLP, tied embeddings, learned or rotary positions, after "Faster Causal Attention Over Large Sequences
+Through Sparse Flash Attention" (arXiv 2306.01160). How it is trained is left to `training/`.
+"""
+
+import dataclasses
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
+
+from sparse_flash_jax import PLAN_NAME, RESIDUAL_NAMES
+from sparse_flash_jax.flax.nnx import SparseSelfAttention
+from sparse_flash_jax.flax.pattern import Dense, Hash, Pattern
+
+# Standard deviation of initial embeddings, as in GPT-2.
+_INIT_STD = 0.02
+# Rotary wavelengths reach well past the longest sequence in use.
+_ROPE_BASE = 100_000.0
+# Embeddings are padded to a multiple of this, which suits the tensor cores: 50257 becomes 50304.
+_VOCAB_MULTIPLE = 64
+_PAPER_PATTERN = Hash(16, exclude_self=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Shape of the model.
+
+    Args:
+        vocab_size: number of tokens; the embedding is padded to a multiple of 64.
+        num_layers: blocks.
+        width: size of the residual stream, D.
+        num_heads: query heads, N; head_dim H is width / num_heads.
+        num_key_heads: key and value heads, K; default N.
+        mlp_ratio: hidden size of the MLP over the width.
+        positions: "learned" embeddings or "rope".
+        max_length: most tokens of a sequence (learned positions).
+        attention: the pattern of all layers, or a tuple of one for each.
+        shared_qk: keys are the normalised queries, in every layer.
+        shared_scale: factor on the scores where keys are shared; default 1 / sqrt(H). As shared keys have length
+            1, a factor of 1.0 starts with scores as large as separate keys have at the default.
+        dtype: to compute in; parameters, norms, softmax and logits are float32.
+        implementation: kernels of `sparse_attention`.
+        remat: recompute blocks in the backward pass, all but their attention.
+    """
+
+    vocab_size: int
+    num_layers: int = 12
+    width: int = 768
+    num_heads: int = 12
+    num_key_heads: int | None = None
+    mlp_ratio: int = 4
+    positions: Literal["learned", "rope"] = "learned"
+    max_length: int = 8192
+    attention: Pattern | tuple[Pattern, ...] = _PAPER_PATTERN
+    shared_qk: bool = True
+    shared_scale: float | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    implementation: str | None = None
+    remat: bool = False
+
+    @property
+    def patterns(self) -> tuple[Pattern, ...]:
+        """The pattern of each layer.
+
+        Raises:
+            ValueError: if there are not as many patterns as layers.
+        """
+        patterns = self.attention if isinstance(self.attention, tuple) else (self.attention,) * self.num_layers
+        if len(patterns) != self.num_layers:
+            raise ValueError(f"attention needs one pattern for each of {self.num_layers} layers, got {len(patterns)}.")
+        return patterns
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding."""
+        return -(-self.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+
+
+class LayerStats(NamedTuple):
+    """What each layer's plan saw.
+
+    Attributes:
+        visible: visible pairs over those of dense causal attention, float32 [layers].
+        overflow: tokens that did not fit into a capacity, int32 [layers].
+    """
+
+    visible: Float32[Array, " layers"]
+    overflow: Int32[Array, " layers"]
+
+
+class MLP(nnx.Module):
+    """Two projections with a GELU between them."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        linear = functools.partial(
+            nnx.Linear, use_bias=False, dtype=jnp.dtype(config.dtype), param_dtype=jnp.float32, rngs=rngs
+        )
+        hidden = config.mlp_ratio * config.width
+        self.up = linear(config.width, hidden, kernel_init=_fan_in_init(1.0))
+        self.down = linear(hidden, config.width, kernel_init=_residual_init(config))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Applies the MLP to each token."""
+        return self.down(jax.nn.gelu(self.up(x)))
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each added to the residual stream after a norm."""
+
+    def __init__(self, config: TransformerConfig, pattern: Pattern, *, rngs: nnx.Rngs):
+        self.attention_norm = nnx.LayerNorm(config.width, use_bias=False, rngs=rngs)
+        self.attention = SparseSelfAttention(
+            config.width,
+            config.num_heads,
+            pattern,
+            num_key_heads=config.num_key_heads,
+            shared_qk=config.shared_qk,
+            rope_base=_ROPE_BASE if config.positions == "rope" else None,
+            dtype=jnp.dtype(config.dtype),
+            scale=config.shared_scale if config.shared_qk else None,
+            kernel_init=_fan_in_init(1.0),
+            out_kernel_init=_residual_init(config),
+            implementation=config.implementation,
+            rngs=rngs,
+        )
+        self.mlp_norm = nnx.LayerNorm(config.width, use_bias=False, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], key: PRNGKeyArray, segment_ids: Int32[Array, "B T"] | None
+    ) -> tuple[Float[Array, "B T D"], tuple[Float32[Array, ""], Int32[Array, ""]]]:
+        """Returns the stream after this block, and the share of visible pairs and overflow of its plan."""
+        normed = _normed(self.attention_norm, x)
+        update, plan = self.attention(normed, key=key, segment_ids=segment_ids, return_plan=True)
+        x = x + update
+        x = x + self.mlp(_normed(self.mlp_norm, x))
+        return x, (plan.density(), jnp.sum(plan.overflow))
+
+
+class Transformer(nnx.Module):
+    """A causal language model over tokens.
+
+    Args:
+        config: its shape.
+        rngs: for the parameters.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = nnx.Param(
+            _INIT_STD * jax.random.normal(rngs.params(), (config.padded_vocab, config.width), jnp.float32)
+        )
+        learned = config.positions == "learned"
+        self.positions = nnx.data(
+            nnx.Param(_INIT_STD * jax.random.normal(rngs.params(), (config.max_length, config.width), jnp.float32))
+            if learned
+            else None
+        )
+        self.blocks = nnx.List([Block(config, pattern, rngs=rngs) for pattern in config.patterns])
+        self.norm = nnx.LayerNorm(config.width, use_bias=False, rngs=rngs)
+
+    def hidden(
+        self, tokens: Int32[Array, "B T"], *, key: PRNGKeyArray, segment_ids: Int32[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], LayerStats]:
+        """The last layer's output, from which `logits` predicts the next token.
+
+        Args:
+            tokens: int32 [B T].
+            key: PRNG key of hashes and drops; each layer folds in its number.
+            segment_ids: int32 [B T]; tokens see only their own document.
+
+        Returns:
+            [B T D] in the compute type, and what each layer's plan saw.
+
+        Raises:
+            ValueError: if the sequence is longer than the learned positions.
+        """
+        length = tokens.shape[1]
+        x = self.embedding[...][tokens]
+        if self.positions is not None:
+            if length > self.config.max_length:
+                raise ValueError(
+                    f"at most max_length={self.config.max_length} tokens with learned positions, got {length}."
+                )
+            x = x + self.positions[...][None, :length]
+        x = x.astype(self.config.dtype)
+        stats = []
+        run = _run_block if not self.config.remat else nnx.remat(_run_block, policy=_KEEP_ATTENTION)
+        for number, block in enumerate(self.blocks):
+            x, seen = run(block, x, jax.random.fold_in(key, number), segment_ids)
+            stats.append(seen)
+        visible, overflow = (jnp.stack(values) for values in zip(*stats, strict=True))
+        return _normed(self.norm, x), LayerStats(visible, overflow)
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float32[Array, "*batch vocab"]:
+        """Scores of the next token, float32, from hidden states; the embedding is tied."""
+        embedding = self.embedding[...].astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
+
+    def __call__(
+        self, tokens: Int32[Array, "B T"], *, key: PRNGKeyArray, segment_ids: Int32[Array, "B T"] | None = None
+    ) -> Float32[Array, "B T vocab"]:
+        """Scores of each next token: `logits` of `hidden`."""
+        return self.logits(self.hidden(tokens, key=key, segment_ids=segment_ids)[0])
+
+
+_KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES, PLAN_NAME)
+
+
+def _run_block(block: Block, x, key, segment_ids):
+    return block(x, key, segment_ids)
+
+
+def _normed(norm: nnx.LayerNorm, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """A norm in float32, whatever the stream is kept in."""
+    return norm(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def _fan_in_init(variance: float):
+    """Keeps the variance of its inputs, times a factor, at any width."""
+    return nnx.initializers.variance_scaling(variance, "fan_in", "normal")
+
+
+def _residual_init(config: TransformerConfig):
+    """Smaller with depth, so that the stream's variance does not grow with the number of blocks."""
+    return _fan_in_init(1 / (2 * config.num_layers))
+
+
+def dense_twin(config: TransformerConfig, backend: Literal["xla", "cudnn"] | None = None) -> TransformerConfig:
+    """The same model with every layer dense."""
+    return dataclasses.replace(config, attention=Dense(backend=backend))
