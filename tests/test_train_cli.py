@@ -1,0 +1,272 @@
+"""train.py as a user runs it: help, errors, a whole run, signals, and resuming after a kill, bit for bit."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import train
+from training.cli import parse
+from training.config import identity
+from training.errors import ConfigError
+from training.metrics import MetricsLog, read_metrics
+from training.presets import PRESETS
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = [
+    *("--model.layers", "1", "--model.width", "16", "--model.heads", "2", "--buckets", "4", "--attention", "hash"),
+    *("--length", "64", "--sample.tokens", "0", "--log-every", "1"),
+    *("--evaluation.every", "0", "--evaluation.windows", "2", "--evaluation.final-windows", "2"),
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"line {number}: the same words again\n" for number in range(2000)))
+    return str(path)
+
+
+def arguments(text, out, *more):
+    return [*TINY, "--data", text, "--out", str(out), *more]
+
+
+def run(*options, **keywords):
+    # One device: a virtual CPU of eight would only slow this down.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "train.py", *options]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True, **keywords)
+
+
+def wait_for(path, process, seconds=120.0):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def checkpoint_arrays(path):
+    with ocp.StandardCheckpointer() as reader:
+        return jax.tree.map(np.asarray, reader.restore((path / "state").resolve()))
+
+
+def losses(out):
+    return [
+        (record["step"], record["loss"]) for record in read_metrics(out / "metrics.jsonl") if record["kind"] == "train"
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """A whole small run, in this process."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        status = train.main(
+            arguments(
+                text, out, *("-n", "6", "--checkpoint.every", "2", "--sample.tokens", "5", "--sample.prompt", "9")
+            )
+        )
+    assert status == 0
+    return out
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(["paper-8k", "--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    for word in (*PRESETS, "--data", "--attention", "--resume", "--learning-rate", "8192"):
+        assert word in shown
+
+
+def test_presets_and_options():
+    assert parse([]) == PRESETS["cpu-small"][1]
+    config = parse(["paper-16k", "--data", "enwik8", "--data-dir", "d", "--attention", "hash", "--resume"])
+    assert (config.batch.length, config.data.source, config.data.folder) == (16_384, "enwik8", pathlib.Path("d"))
+    assert config.resume == "newest"
+    layers = ["dense", "hash", "qk", "hash"]
+    assert list(parse(["--attention", *layers]).model.attention) == layers
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["paper-9k"], "no preset 'paper-9k'"),
+        (["--attention", "hash", "qk"], "one for each of the"),
+        (["--attention", "local", "--model.window", "None"], "needs --model.window"),
+        (["--buckets", "5"], "must be even"),
+        (["--model.width", "30"], "not a multiple"),
+        (["--rate", "1.0", "--attention", "qk"], "below 1"),
+        (["--steps", "0"], "at least 1"),
+        (["--length", "100"], "must fit"),
+    ],
+)
+def test_contradictions(options, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "nowhere.txt"], "nowhere.txt: no such file or folder"),
+        (["--data", "enwik8", "--data-dir", "nowhere"], "no enwik8.xz in nowhere"),
+        (["--tokenizer", "nowhere.json"], "nowhere.json: not a readable tokenizers JSON file"),
+        (["--resume", "nowhere"], "no checkpoint in nowhere"),
+        (["--length", "200000"], "too few for a sequence"),
+    ],
+)
+def test_errors_are_one_line(text, tmp_path, capsys, options, message):
+    assert train.main([*arguments(text, tmp_path / "run"), *options]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
+
+
+def test_a_run_leaves_its_files(finished):
+    assert [step for step, _ in losses(finished)] == [1, 2, 3, 4, 5, 6]
+    records = read_metrics(finished / "metrics.jsonl")
+    assert [record["kind"] for record in records[6:]] == ["evaluation", "sample", "end"]
+    first, evaluation = records[0], records[6]
+    assert set(first) >= {"loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "visible", "overflow"}
+    assert len(first["visible"]) == 1
+    assert 0 < first["visible"][0] < 1
+    assert evaluation["bits_per_byte"] == pytest.approx(evaluation["loss"] / np.log(2), rel=0.05)
+    assert evaluation["unigram"]["loss"] < np.log(257)
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["4", "6"]
+    assert json.loads((finished / "config.json").read_text())["steps"] == 6
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished / "sample.txt").exists()
+
+
+def test_a_run_is_not_overwritten(text, finished, capsys):
+    assert train.main(arguments(text, finished, "-n", "6")) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_foreign_checkpoints_are_refused(text, finished, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text("another text entirely\n" * 500)
+    for options, message in (
+        (["-n", "6", "--model.width", "32"], "model.width was 16, now 32"),
+        (["-n", "7"], "steps was 6, now 7"),
+        (["-n", "6", "--data", str(other)], "text was"),
+    ):
+        assert train.main([*arguments(text, finished, "--resume"), *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_damaged_checkpoints_are_named(text, finished, tmp_path, capsys):
+    def resume(damage):
+        out = tmp_path / damage.__name__
+        shutil.copytree(finished, out)
+        damage(out / "checkpoints" / "6")
+        assert train.main(arguments(text, out, "-n", "6", "--resume")) == 2
+        shown = capsys.readouterr().err
+        assert str(out) in shown
+        assert "damaged" in shown
+
+    def no_record(checkpoint):
+        shutil.rmtree(checkpoint / "record")
+
+    def no_state(checkpoint):
+        shutil.rmtree(checkpoint / "state")
+
+    def cut_arrays(checkpoint):
+        for path in (checkpoint / "state").rglob("*"):
+            if path.is_file() and path.stat().st_size > 1000:
+                path.write_bytes(path.read_bytes()[:100])
+
+    for damage in (no_record, no_state, cut_arrays):
+        resume(damage)
+
+
+def test_an_older_checkpoint_branches_off_only(text, finished, tmp_path, capsys):
+    older = str(finished / "checkpoints" / "4")
+    assert train.main([*TINY, "--data", text, "-n", "6", "--resume", older]) == 2
+    assert "branch off" in capsys.readouterr().err
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        options = ("-n", "50", "--checkpoint.every", "1", "--checkpoint.keep", "1", "--lr", "1e30")
+        assert train.main(arguments(text, out, *options, "--optimizer.weight-decay", "0")) == 1
+    shown = capsys.readouterr().err
+    assert "training stopped" in shown
+    steps = [int(path.name) for path in (out / "checkpoints").iterdir()]
+    assert f"the last good checkpoint is {out / 'checkpoints' / str(steps[0])}" in shown
+    arrays = checkpoint_arrays(out / "checkpoints" / str(steps[0]))
+    assert all(np.isfinite(array).all() for array in arrays.values())
+
+
+def test_killed_and_resumed_is_the_unbroken_run(text, tmp_path):
+    options = ("-n", "200", "--checkpoint.every", "25")
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    processes = [run(*arguments(text, out, *options)) for out in (unbroken, broken)]
+    wait_for(broken / "checkpoints" / "50", processes[1])
+    processes[1].send_signal(signal.SIGKILL)
+    processes[1].communicate()
+    assert processes[1].returncode == -signal.SIGKILL
+    assert 50 <= losses(broken)[-1][0] < 200
+    resumed = run(*arguments(text, broken, *options, "--resume"))
+    for process in (processes[0], resumed):
+        shown, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    assert "resumed" in shown
+    assert losses(broken) == losses(unbroken)
+    first, second = (checkpoint_arrays(out / "checkpoints" / "200") for out in (unbroken, broken))
+    assert first.keys() == second.keys()
+    for name, array in first.items():
+        assert array.tobytes() == second[name].tobytes(), name
+
+
+def test_sigterm_saves_and_leaves_in_order(text, tmp_path):
+    out = tmp_path / "run"
+    options = ("-n", "1000000", "--checkpoint.every", "0")
+    process = run(*arguments(text, out, *options))
+    deadline = time.monotonic() + 120
+    while len(losses(out)) < 5:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    shown, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert not errors
+    records = read_metrics(out / "metrics.jsonl")
+    assert records[-1]["reason"] == "SIGTERM"
+    assert (out / "checkpoints" / str(records[-1]["step"]) / "state").is_dir()
+    assert "go on with --resume" in shown
+
+
+def test_metrics_resume_after_a_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, 0)
+    for step in (1, 2, 3):
+        log.write("train", step, loss=float("nan"), visible=[0.5])
+    log.close()
+    with path.open("a") as file:
+        file.write('{"kind": "train", "st')
+    log = MetricsLog(path, 2)
+    log.write("train", 3, loss=1.0)
+    log.close()
+    assert [(record["step"], record["loss"]) for record in read_metrics(path)] == [(1, None), (2, None), (3, 1.0)]
+
+
+def test_identity_leaves_out_what_only_watches():
+    config = PRESETS["cpu-small"][1]
+    watched = dataclasses.replace(config, log_every=77, out=pathlib.Path("x"), max_minutes=1.0)
+    assert identity(watched) == identity(config)
+    assert identity(dataclasses.replace(config, seed=1)) != identity(config)

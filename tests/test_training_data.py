@@ -1,0 +1,126 @@
+"""Splits, streams and batches: who is held out, and which tokens a step sees."""
+
+import lzma
+
+import numpy as np
+import pytest
+
+from training.batches import Batches, evaluation_batches
+from training.config import BatchConfig, DataConfig
+from training.data import Stream, load_corpus, split_documents
+from training.errors import DataError
+from training.python_source import python_documents
+from training.sources import Document
+from training.tokens import ByteTokenizer
+
+BYTES = ByteTokenizer()
+
+
+def documents(count):
+    return [Document(f"folder/{index}.txt", f"text {index}".encode()) for index in range(count)]
+
+
+def test_split_by_name_is_stable_and_complete():
+    everything = documents(400)
+    train, held_out = split_documents(everything, "valid")
+    assert sorted(train + held_out) == sorted(everything)
+    assert 5 <= len(held_out) <= 40
+    # A document's part does not depend on its neighbours, but for the two extremes.
+    assert len(set(split_documents(everything[:200], "valid")[1]) - set(held_out)) <= 1
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_no_part_is_empty(count):
+    train, held_out = split_documents(documents(count), "valid")
+    assert train
+    assert held_out
+
+
+def test_one_document_keeps_its_tail_whole():
+    text = "äöü".encode() * 1000
+    (train,), (held_out,) = split_documents([Document("a", text)], "valid")
+    assert train.text + held_out.text == text
+    assert 0 < len(held_out.text) < len(text) / 10
+    train.text.decode()
+
+
+def test_split_by_folder():
+    named = [Document(f"set/{part}/{i}", b"x") for part in ("train", "valid", "test") for i in range(2)]
+    train, held_out = split_documents([Document("set/README", b"no"), *named], "test")
+    assert [document.name for document in train] == ["set/train/0", "set/train/1"]
+    assert [document.name for document in held_out] == ["set/test/0", "set/test/1"]
+
+
+def test_python_source_is_bounded_and_repeatable():
+    first, second = python_documents(300_000), python_documents(300_000)
+    assert first == second
+    assert 100_000 < sum(len(document.text) for document in first) <= 300_000
+    assert all(document.name.endswith(".py") for document in first)
+
+
+def test_named_sets_in_a_data_folder(tmp_path, monkeypatch):
+    (tmp_path / "enwik8.xz").write_bytes(lzma.compress(bytes(100_000_000), preset=0))
+    monkeypatch.setenv("SPARSE_FLASH_DATA", str(tmp_path))
+    train, held_out = load_named("enwik8")
+    assert (len(train), len(held_out)) == (90_000_001, 5_000_001)
+    with pytest.raises(DataError, match=r"eltec: no eltec_eng.tar.xz in .*SPARSE_FLASH_DATA"):
+        load_named("eltec")
+
+
+def load_named(source):
+    corpus = load_corpus(DataConfig(source=source), BYTES, 16)
+    return corpus.train.tokens, corpus.held_out.tokens
+
+
+def test_too_little_text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("too short " * 20)
+    with pytest.raises(DataError, match=r"training text has 191 tokens, too few for a sequence of 500"):
+        load_corpus(DataConfig(source=str(path)), BYTES, 500)
+
+
+def test_stream_ends_each_document(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_text(name * 30)
+    corpus = load_corpus(DataConfig(source=str(tmp_path)), BYTES, 8)
+    both = np.concatenate([corpus.train.tokens, corpus.held_out.tokens])
+    assert np.count_nonzero(both == BYTES.end) == 3
+    assert corpus.train.byte_counts.sum() + corpus.held_out.byte_counts.sum() == 90
+    again = load_corpus(DataConfig(source=str(tmp_path)), BYTES, 8)
+    assert again.fingerprint == corpus.fingerprint
+    (tmp_path / "a").write_text("a" * 29 + "z")
+    assert load_corpus(DataConfig(source=str(tmp_path)), BYTES, 8).fingerprint != corpus.fingerprint
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    tokens = np.arange(1000, dtype=np.uint16)
+    batches = Batches(tokens, BatchConfig(length=16, size=2, accumulation=3), seed=0)
+    batch = batches.at(5)
+    assert (batch.shape, batch.dtype) == ((3, 2, 17), np.int32)
+    np.testing.assert_array_equal(np.diff(batch, axis=-1), 1)
+    np.testing.assert_array_equal(batch, batches._replace().at(5))
+    assert np.any(batch != batches._replace(seed=1).at(5))
+
+
+def test_an_epoch_takes_each_window_once():
+    tokens = np.arange(16 * 20 + 1, dtype=np.uint16)
+    batches = Batches(tokens, BatchConfig(length=16, size=1), seed=0)
+    windows = (len(tokens) - 1) // 16 - 1
+    for epoch in range(2):
+        starts = sorted(int(batches.at(step)[0, 0, 0]) for step in range(epoch * windows, (epoch + 1) * windows))
+        np.testing.assert_array_equal(np.diff(starts), 16)
+
+
+def test_shortest_stream_has_a_batch():
+    batch = Batches(np.arange(17, dtype=np.uint16), BatchConfig(length=16, size=2), seed=3).at(7)
+    np.testing.assert_array_equal(batch[0, 0], np.arange(17))
+
+
+def test_evaluation_counts_each_target_once():
+    tokens = np.arange(1, 103, dtype=np.uint16)
+    stream = Stream(tokens, np.full(102, 3, np.int32), 1)
+    batches = list(evaluation_batches(stream, size=4, length=16, windows=0))
+    seen = np.concatenate([batch.tokens[:, 1:][batch.weights > 0] for batch in batches])
+    np.testing.assert_array_equal(np.sort(seen), tokens[1:])
+    assert sum(batch.num_bytes for batch in batches) == 3 * 101
+    assert len(list(evaluation_batches(stream, size=4, length=16, windows=3))) == 1

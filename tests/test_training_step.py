@@ -1,0 +1,136 @@
+"""The step: exact loss, accumulation, learning, randomness from the step alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.transformer import Transformer, TransformerConfig
+from sparse_flash_jax.flax.pattern import Dense, Hash
+from training import loss as loss_module
+from training.batches import EvaluationBatch
+from training.config import OptimizerConfig
+from training.data import Stream
+from training.evaluation import evaluate, unigram
+from training.loss import total_cross_entropy
+from training.optimizer import learning_rate, make_optimizer
+from training.sampling import sample
+from training.step import document_ids, init_state, make_evaluation_step, make_train_step
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax raises a float to an integer power, which the strict rules forbid."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+DENSE = TransformerConfig(vocab_size=20, num_layers=1, width=32, num_heads=2, max_length=32, attention=Dense())
+TOKENS = np.random.default_rng(0).integers(0, 20, (4, 25)).astype(np.int32)
+
+
+def start(config=DENSE, rate=3e-3, end_token=None):
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=rate), 40)
+    structure, state = init_state(config, optimizer, seed=0)
+    return structure, state, make_train_step(structure, optimizer, 0, end_token)
+
+
+@pytest.mark.parametrize("elements", [1, 64 * 4 * 7, 1 << 26])
+def test_chunked_loss_is_exact(monkeypatch, elements):
+    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", elements)
+    model = Transformer(DENSE, rngs=nnx.Rngs(0))
+    hidden = jax.random.normal(jax.random.key(0), (4, 24, 32))
+    targets = jnp.asarray(TOKENS[:, 1:])
+    weights = jax.random.uniform(jax.random.key(1), (4, 24))
+
+    def plain(hidden):
+        log_p = jax.nn.log_softmax(model.logits(hidden))
+        return -jnp.sum(weights * jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0])
+
+    chunked = lambda hidden: total_cross_entropy(model, hidden, targets, weights)
+    np.testing.assert_allclose(chunked(hidden), plain(hidden), rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(chunked)(hidden), jax.grad(plain)(hidden), atol=1e-6)
+
+
+def test_accumulation_is_one_big_batch():
+    results = []
+    for shape in ((1, 4, 25), (4, 1, 25)):
+        _, state, step = start()
+        state, metrics = step(state, TOKENS.reshape(shape))
+        results.append((state.params, metrics.loss, metrics.grad_norm))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results)
+
+
+def test_learns_a_repeated_text_and_continues_it():
+    config = TransformerConfig(
+        vocab_size=20, num_layers=2, width=32, num_heads=2, max_length=32, attention=(Dense(window=4), Hash(4))
+    )
+    structure, state, step = start(config, rate=1e-2)
+    text = np.tile(np.arange(12), 5).astype(np.int32)
+    losses = []
+    for number in range(40):
+        phase = number % 12
+        state, metrics = step(state, np.stack([text[phase : phase + 33], text[phase + 3 : phase + 36]])[None])
+        losses.append(float(metrics.loss))
+    assert losses[0] > 2.5
+    assert losses[-1] < 0.5
+    keys = {"pattern_key": jax.random.key(0), "key": jax.random.key(1)}
+    continued = sample(structure, state.params, text[:16], count=8, vocab_size=20, temperature=0.0, **keys)
+    np.testing.assert_array_equal(continued, text[16:24])
+
+
+def test_steps_repeat_bit_for_bit():
+    runs = []
+    for _ in range(2):
+        _, state, step = start(TransformerConfig(20, 1, 32, 2, max_length=32, attention=Hash(4, exclude_self=True)))
+        for _ in range(2):
+            state, metrics = step(state, TOKENS[None])
+            runs.append(metrics)
+        runs.append(state)
+    jax.tree.map(np.testing.assert_array_equal, runs[:3], runs[3:])
+
+
+def test_documents_are_numbered():
+    tokens = jnp.asarray([[1, 9, 2, 3, 9, 9, 4]], jnp.int32)
+    np.testing.assert_array_equal(document_ids(tokens, 9), [[0, 0, 1, 1, 1, 2, 3]])
+
+
+def test_separate_documents_do_not_see_each_other():
+    structure, state, _ = start()
+    evaluation_step = make_evaluation_step(structure, 0, end_token=0)
+    tokens = TOKENS.clip(1)
+    tokens[:, 10] = 0
+    changed = tokens.copy()
+    changed[:, :10] = 5
+    weights = np.zeros((4, 24), np.float32)
+    weights[:, 12:] = 1.0
+    first, second = (float(evaluation_step(state.params, each, weights)) for each in (tokens, changed))
+    assert first == pytest.approx(second, rel=1e-6)
+    everything = make_evaluation_step(structure, 0, end_token=None)
+    assert float(everything(state.params, tokens, weights)) != float(everything(state.params, changed, weights))
+
+
+def test_evaluation_counts_bytes_of_text():
+    batch = EvaluationBatch(TOKENS, np.ones((4, 24), np.float32), num_bytes=300)
+    uniform = evaluate(lambda *_: jnp.asarray(96 * np.log(20.0), jnp.float32), nnx.State({}), [batch])
+    assert uniform.loss == pytest.approx(np.log(20))
+    assert uniform.perplexity == pytest.approx(20)
+    assert uniform.bits_per_byte == pytest.approx(96 * np.log2(20) / 300)
+
+
+def test_unigram_is_the_entropy_of_its_own_text():
+    tokens = np.repeat(np.arange(4), 2500).astype(np.uint16)
+    windows = np.tile(np.arange(4), 7)[None, :25].astype(np.int32)
+    batch = EvaluationBatch(windows, np.ones((1, 24), np.float32), num_bytes=24)
+    baseline = unigram(Stream(tokens, np.ones(10_000, np.int32), 1), 4, [batch])
+    assert baseline.bits_per_byte == pytest.approx(2.0, abs=1e-3)
+
+
+def test_learning_rate_rises_and_falls():
+    schedule = learning_rate(OptimizerConfig(learning_rate=1.0, warmup=0.1, final=0.1), 100)
+    rates = [float(np.asarray(schedule(step))) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(rates[10]) == pytest.approx(1.0)
+    assert rates[100] == pytest.approx(0.1)
+    assert np.all(np.diff(rates[10:]) <= 0)

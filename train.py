@@ -1,0 +1,221 @@
+#!/usr/bin/env python
+"""Train a sparse-attention language model on text: config -> data -> model -> step -> loop -> evaluation -> sample."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from rich.console import Console
+
+from training.batches import Batches, EvaluationBatch, evaluation_batches
+from training.checkpoint import Checkpoints, restore
+from training.cli import parse
+from training.config import TrainConfig, identity
+from training.data import Corpus, load_corpus
+from training.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
+from training.evaluation import Evaluation, evaluate, unigram
+from training.metrics import MetricsLog, recent_mean
+from training.model import transformer_config
+from training.optimizer import learning_rate, make_optimizer
+from training.plot import plot_loss
+from training.progress import TrainProgress
+from training.report import Report
+from training.run_folder import RunFolder, choose_folder
+from training.sampling import continue_held_out
+from training.step import StepMetrics, TrainState, init_state, make_evaluation_step, make_train_step
+from training.stopping import StopRequest
+from training.throughput import Throughput
+from training.tokens import Tokenizer, load_tokenizer
+
+
+class Run(NamedTuple):
+    """What a run is made of; only the state changes."""
+
+    config: TrainConfig
+    folder: RunFolder
+    tokenizer: Tokenizer
+    corpus: Corpus
+    structure: nnx.GraphDef
+    train_step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
+    evaluation_step: Callable[..., jax.Array]
+    checkpoints: Checkpoints
+    metrics: MetricsLog
+    console: Console
+    stop: StopRequest
+
+    def held_out(self, windows: int) -> list[EvaluationBatch]:
+        """So many windows of the held-out text."""
+        batch = self.config.batch
+        return list(evaluation_batches(self.corpus.held_out, batch.size, batch.length, windows))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command line; returns the exit status."""
+    try:
+        config = parse(arguments)
+        with StopRequest(config.max_minutes) as stop:
+            train(config, stop, Console())
+    except (ConfigError, DataError, CheckpointError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteLossError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(config: TrainConfig, stop: StopRequest, console: Console) -> None:
+    """Trains, from the settings to the sample."""
+    folder = choose_folder(config)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    corpus = load_corpus(config.data, tokenizer, config.batch.length)
+
+    model_config = transformer_config(config, tokenizer.vocab_size)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    structure, state = init_state(model_config, optimizer, config.seed)
+    belongs_to = identity(config) | {"text": corpus.fingerprint}
+    if folder.resume_from is not None:
+        state = restore(folder.resume_from, state, belongs_to)
+
+    end_token = tokenizer.end if config.data.separate_documents else None
+    run = Run(
+        config=config,
+        folder=folder,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        structure=structure,
+        train_step=make_train_step(structure, optimizer, config.seed, end_token),
+        evaluation_step=make_evaluation_step(structure, config.seed, end_token),
+        checkpoints=Checkpoints(folder.checkpoints, config.checkpoint.keep, belongs_to),
+        metrics=MetricsLog(folder.metrics, int(state.step)),
+        console=console,
+        stop=stop,
+    )
+    folder.config.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n", "utf-8")
+    introduce(run, state)
+    try:
+        state, tokens_per_second = loop(run, state)
+        run.checkpoints.wait()
+        conclude(run, state, tokens_per_second)
+    finally:
+        run.metrics.close()
+        run.checkpoints.close()
+
+
+def loop(run: Run, state: TrainState) -> tuple[TrainState, float]:
+    """Steps until the end or until asked to stop; returns the state and tokens per second."""
+    config = run.config
+    batches = Batches(run.corpus.train.tokens, config.batch, config.seed)
+    held_out = run.held_out(config.evaluation.windows)
+    done = int(state.step)
+    unread: StepMetrics | None = None
+    throughput = Throughput()
+    with TrainProgress(done, config.steps, run.console) as progress:
+        report = Report(config, learning_rate(config.optimizer, config.steps), run.metrics, progress, throughput)
+        while done < config.steps:
+            state, measured = run.train_step(state, batches.at(done))
+            # The device is busy with this step while the one before it is read.
+            if unread is not None:
+                report_or_stop(run, report, done, unread)
+            done, unread = done + 1, measured
+            stopping = run.stop.requested() or done == config.steps
+            evaluating = is_due(config.evaluation.every, done) and not stopping
+            saving = is_due(config.checkpoint.every, done) or stopping
+            if not (saving or evaluating):
+                continue
+            # Nothing is saved before it is known to be finite.
+            report_or_stop(run, report, done, unread)
+            unread = None
+            throughput.pause()
+            if saving:
+                run.checkpoints.save(state, done)
+            if stopping:
+                break
+            if evaluating:
+                quality = evaluate(run.evaluation_step, state.params, held_out)
+                run.metrics.write("evaluation", done, **quality._asdict())
+                progress.say(
+                    f"step {done}: held-out loss {quality.loss:.3f}, {quality.bits_per_byte:.3f} bits per byte"
+                )
+            throughput.resume()
+    return state, throughput.tokens_per_second
+
+
+def is_due(every: int, done: int) -> bool:
+    """Whether something that happens every so many steps happens now; 0 is never."""
+    return every > 0 and done % every == 0
+
+
+def report_or_stop(run: Run, report: Report, done: int, measured: StepMetrics) -> None:
+    """Reports a step; where it is not finite, says what is left to go on from."""
+    try:
+        report.step(done, measured)
+    except NonFiniteLossError as error:
+        newest = run.checkpoints.newest
+        saved = (
+            "no checkpoint was saved"
+            if newest is None
+            else f"the last good checkpoint is {run.folder.checkpoints / str(newest)}"
+        )
+        raise NonFiniteLossError(f"{error}: training stopped; {saved}. Try a lower --learning-rate.") from error
+
+
+def introduce(run: Run, state: TrainState) -> None:
+    """Says what is about to run."""
+    config, corpus = run.config, run.corpus
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    train_bytes = int(corpus.train.byte_counts.sum())
+    batch = config.batch
+    lines = [
+        f"device  {jax.devices()[0].device_kind}, jax {jax.__version__}",
+        f"text    {config.data.source}: {corpus.train.documents:,} documents, {train_bytes / 1e6:.1f} MB to train on,"
+        f" {corpus.held_out.byte_counts.sum() / 1e6:.2f} MB held out",
+        f"model   {parameters / 1e6:.2f} M parameters, {config.model.layers} layers, attention"
+        f" {' '.join(config.model.attention)}, vocabulary {run.tokenizer.vocab_size:,}",
+        f"step    {batch.accumulation} x {batch.size} sequences of {batch.length:,} tokens; {config.steps:,} steps",
+        f"files   {run.folder.root}",
+    ]
+    if run.folder.resume_from is not None:
+        lines.append(f"resumed {run.folder.resume_from}, step {int(state.step)}")
+    for line in lines:
+        run.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
+    """Evaluates and samples, unless a signal asked to stop; says how it ended and where the files are."""
+    done = int(state.step)
+    say = lambda text: run.console.print(text, markup=False, highlight=False, soft_wrap=True)
+    baseline: Evaluation | None = None
+    if run.stop.signalled:
+        run.metrics.write("end", done, reason=run.stop.reason)
+        say(f"stopped by {run.stop.reason} after step {done}; go on with --resume {run.folder.root}")
+    else:
+        held_out = run.held_out(run.config.evaluation.final_windows)
+        quality = evaluate(run.evaluation_step, state.params, held_out)
+        baseline = unigram(run.corpus.train, run.tokenizer.vocab_size, held_out)
+        run.metrics.write("evaluation", done, **quality._asdict(), unigram=baseline._asdict())
+        text = continue_held_out(run.config, run.structure, state.params, run.corpus.held_out, run.tokenizer)
+        if text is not None:
+            run.folder.sample.write_text(text.prompt + text.continuation, "utf-8")
+            say(f"\n--- held-out text ---\n{text.prompt}\n--- its sampled continuation ---\n{text.continuation}\n---")
+            run.metrics.write("sample", done, **text._asdict())
+        run.metrics.write("end", done, reason=run.stop.reason or "done", tokens_per_second=tokens_per_second)
+        say(f"\ntraining loss {recent_mean(run.folder.metrics, 'loss'):.3f} nats a token (mean of the last records)")
+        for name, result in (("held-out", quality), ("unigram ", baseline)):
+            say(
+                f"{name} loss {result.loss:.3f} nats a token, {result.bits_per_byte:.3f} bits per byte,"
+                f" perplexity {result.perplexity:.2f}"
+            )
+    say(f"speed      {tokens_per_second:,.0f} tokens/s")
+    say(f"metrics    {run.folder.metrics}")
+    say(f"checkpoint {run.folder.checkpoints / str(done) if done else 'none'}")
+    drawn = plot_loss(run.folder.metrics, run.folder.plot, None if baseline is None else baseline.loss)
+    say(f"plot       {run.folder.plot if drawn else 'none (needs matplotlib and a logged step)'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

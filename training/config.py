@@ -1,0 +1,245 @@
+"""Settings of a run as frozen dataclasses.
+
+The command line (`training/cli.py`) is made out of these classes; the docstring under a field is its help text. What
+decides the result of a run is told apart from what only watches it by `identity`, which checkpoints store and compare.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from training.errors import ConfigError
+
+Kind = Literal["dense", "local", "hash", "qk"]
+alias = tyro.conf.arg
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    source: Annotated[str, alias(aliases=["--data"])] = "python"
+    """'python' (source code of the standard library and installed packages), 'enwik8', 'eltec', or a path: a file,
+    folder or glob, also .gz, .xz, .tar, .tar.gz, .tar.xz, and FILE.jsonl:FIELD."""
+    folder: Annotated[Path | None, alias(aliases=["--data-dir"])] = None
+    """Folder that holds enwik8.xz and eltec_eng.tar.xz; else $SPARSE_FLASH_DATA, else ./data."""
+    tokenizer: Annotated[str, alias(aliases=["--tokenizer"])] = "bytes"
+    """'bytes', or the JSON file of a Hugging Face `tokenizers` tokenizer."""
+    encoding: str = "utf-8"
+    """Encoding of the files."""
+    max_megabytes: float = 16.0
+    """Most text to read for the source 'python' (it bounds the start-up time)."""
+    held_out: Literal["valid", "test"] = "valid"
+    """Which held-out part to evaluate on, where the source has both."""
+    separate_documents: bool = False
+    """Let no token attend to another document of its sequence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The decoder and its attention."""
+
+    layers: int = 4
+    """Number of blocks."""
+    width: int = 128
+    """Size of the residual stream."""
+    heads: int = 4
+    """Query heads; head_dim = width / heads."""
+    key_heads: int | None = None
+    """Key and value heads (grouped-query attention); default: as many as query heads."""
+    mlp_ratio: int = 4
+    """Hidden size of the MLP over the width."""
+    positions: Literal["learned", "rope"] = "rope"
+    """Learned position embeddings, or rotary positions."""
+    attention: Annotated[tuple[Kind, ...], alias(aliases=["--attention"])] = ("hash",)
+    """One kind for all layers, or one a layer: dense (all earlier tokens), local (the last --model.window tokens),
+    hash (same bucket), qk (queries and keys dropped)."""
+    buckets: Annotated[int, alias(aliases=["--buckets"])] = 16
+    """hash: number of buckets (even)."""
+    shared_qk: bool = True
+    """Project q and v only; a key is its query, normalised per head. In all layers, so that kinds compare fairly."""
+    shared_scale: float | None = None
+    """Factor on the scores where keys are shared; default 1 / sqrt(head_dim). 1 learns faster at the start."""
+    exclude_self: bool = True
+    """hash: a token does not see itself."""
+    rate: Annotated[float, alias(aliases=["--rate"])] = 0.3
+    """qk: share of queries and of keys that is dropped, each."""
+    scored: bool = False
+    """qk: drop by a learned score, not at random. The choice looks at the whole sequence, so it is not causal."""
+    window: int | None = None
+    """local: tokens that a token sees, itself included."""
+    dense_backend: Literal["sparse_flash", "xla", "cudnn"] = "sparse_flash"
+    """dense: our kernels, or jax.nn.dot_product_attention's 'xla' or 'cudnn'."""
+    implementation: Literal["mosaic", "triton", "xla"] | None = None
+    """Kernels to use; default: the best for the device."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type to compute in; parameters are float32."""
+    remat: bool = False
+    """Recompute each block in the backward pass, all but its attention."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up, cosine decay and clipping."""
+
+    learning_rate: Annotated[float, alias(aliases=["--learning-rate", "--lr"])] = 1e-3
+    """Peak learning rate."""
+    warmup: float = 0.02
+    """Share of the steps in which the learning rate rises."""
+    final: float = 0.05
+    """Last learning rate over the peak."""
+    beta1: float = 0.9
+    """Decay of the mean gradient."""
+    beta2: float = 0.95
+    """Decay of the mean square gradient."""
+    weight_decay: float = 0.1
+    """Decay of the matrices (not of norms)."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    """Shape of a step: accumulation x size sequences of `length` tokens."""
+
+    length: Annotated[int, alias(aliases=["--length"])] = 2048
+    """Tokens of a sequence."""
+    size: Annotated[int, alias(aliases=["--batch-size"])] = 1
+    """Sequences that go through the model at once."""
+    accumulation: Annotated[int, alias(aliases=["--accumulation"])] = 1
+    """Such batches added up for one step of the optimizer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation on held-out text."""
+
+    every: int = 200
+    """Steps between evaluations; 0: only at the end."""
+    windows: int = 16
+    """Held-out sequences of an evaluation in between, spread evenly; 0: all."""
+    final_windows: int = 64
+    """Held-out sequences of the last evaluation; 0: all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """The continuation of a held-out text, sampled when the run ends."""
+
+    tokens: int = 400
+    """Tokens to sample; 0: none."""
+    prompt: int = 200
+    """Tokens of held-out text to start from."""
+    temperature: float = 0.7
+    """0 takes the likeliest token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints and how many of them stay."""
+
+    every: int = 200
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """All settings of a run."""
+
+    steps: Annotated[int, alias(aliases=["-n"])] = 1000
+    """Steps of the optimizer."""
+    seed: int = 0
+    """Decides parameters, batches, hashes and drops."""
+    name: str = "cpu-small"
+    """Name of the run's folder under runs/."""
+    out: Path | None = None
+    """Folder for metrics, checkpoints and plots; default: a new one, runs/NAME-1, runs/NAME-2, ..."""
+    resume: str | None = None
+    """Go on from a checkpoint: `--resume` takes the newest run (or the one in --out), `--resume PATH` a run's folder or
+    one checkpoint in it."""
+    max_minutes: float | None = None
+    """Save and stop after so many minutes."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    model: ModelConfig = ModelConfig()
+    batch: BatchConfig = BatchConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    sample: SampleConfig = SampleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide the result, flat: {"model.width": 128, ...}."""
+    watching = {"name", "out", "resume", "max_minutes", "log_every", "evaluation", "sample", "checkpoint"}
+    flat: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(config).items():
+        if name in watching:
+            continue
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": entry for key, entry in value.items()}
+        else:
+            flat[name] = value
+    # The text itself is compared by its fingerprint: a data folder may move.
+    for moved in ("data.folder", "data.source", "data.tokenizer", "data.max_megabytes"):
+        del flat[moved]
+    return json.loads(json.dumps(flat))
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse settings that cannot work, before any work is done.
+
+    Raises:
+        ConfigError: naming the setting, its value and what is expected.
+    """
+    model, batch = config.model, config.batch
+    positive = {
+        "--steps": config.steps,
+        "--log-every": config.log_every,
+        "--model.layers": model.layers,
+        "--model.heads": model.heads,
+        "--batch.length": batch.length,
+        "--batch.size": batch.size,
+        "--batch.accumulation": batch.accumulation,
+        "--sample.prompt": config.sample.prompt,
+        "--checkpoint.keep": config.checkpoint.keep,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+    not_negative = {
+        "--evaluation.every": config.evaluation.every,
+        "--evaluation.windows": config.evaluation.windows,
+        "--evaluation.final-windows": config.evaluation.final_windows,
+        "--checkpoint.every": config.checkpoint.every,
+        "--sample.tokens": config.sample.tokens,
+        "--sample.temperature": config.sample.temperature,
+        "--model.rate": model.rate,
+    }
+    for name, value in not_negative.items():
+        if value < 0 or not math.isfinite(value):
+            raise ConfigError(f"{name} must not be negative, got {value}")
+    if config.sample.tokens and config.sample.prompt + config.sample.tokens > batch.length:
+        raise ConfigError(
+            f"--sample.prompt {config.sample.prompt} and --sample.tokens {config.sample.tokens} must fit into"
+            f" --batch.length {batch.length}"
+        )
+    if model.width % model.heads:
+        raise ConfigError(f"--model.width {model.width} is not a multiple of --model.heads {model.heads}")
+    if len(model.attention) not in (1, model.layers):
+        raise ConfigError(
+            f"--model.attention takes one kind or one for each of the {model.layers} layers, got {len(model.attention)}"
+        )
+    if "local" in model.attention and model.window is None:
+        raise ConfigError("--model.attention local needs --model.window")
+    if "qk" in model.attention and model.rate >= 1:
+        raise ConfigError(f"--model.rate must be below 1, got {model.rate}")
+    if "hash" in model.attention and (model.buckets < 2 or model.buckets % 2):
+        raise ConfigError(f"--model.buckets must be even and at least 2, got {model.buckets}")

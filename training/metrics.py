@@ -1,0 +1,64 @@
+"""Metrics of a run, one JSON record a line: {"kind": "train" | "evaluation" | ..., "step": ..., ...}."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends records to a file.
+
+    Args:
+        path: the file.
+        step: going on after this step, records of later steps are dropped: they will be written again.
+    """
+
+    def __init__(self, path: Path, step: int):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        records = [record for record in read_metrics(path) if record["step"] <= step and record["kind"] != "end"]
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text("".join(_line(record) for record in records), "utf-8")
+        os.replace(fresh, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Appends a record; a number that is not finite becomes null."""
+        self._file.write(_line({"kind": kind, "step": step, **values}))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, without a last line cut short; empty if there is no file."""
+    records = []
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "kind" in record and "step" in record:
+            records.append(record)
+    return records
+
+
+def recent_mean(path: Path, name: str, count: int = 10) -> float:
+    """The mean of a value over the last records of training steps; nan if there are none."""
+    values = [record[name] for record in read_metrics(path) if record["kind"] == "train"][-count:]
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,40 @@
+"""The model that the settings describe."""
+
+from models.transformer import TransformerConfig
+from sparse_flash_jax.flax.pattern import QK, Dense, Hash, Pattern
+from training.config import Kind, ModelConfig, TrainConfig
+
+
+def layer_pattern(model: ModelConfig, kind: Kind) -> Pattern:
+    """The attention pattern of a layer of this kind."""
+    match kind:
+        case "dense":
+            return Dense(backend=None if model.dense_backend == "sparse_flash" else model.dense_backend)
+        case "local":
+            return Dense(window=model.window)
+        case "hash":
+            return Hash(model.buckets, exclude_self=model.exclude_self)
+        case "qk":
+            return QK(model.rate, scored=model.scored)
+
+
+def transformer_config(config: TrainConfig, vocab_size: int) -> TransformerConfig:
+    """The model's own configuration out of the run's settings."""
+    model = config.model
+    kinds = model.attention * model.layers if len(model.attention) == 1 else model.attention
+    return TransformerConfig(
+        vocab_size=vocab_size,
+        num_layers=model.layers,
+        width=model.width,
+        num_heads=model.heads,
+        num_key_heads=model.key_heads,
+        mlp_ratio=model.mlp_ratio,
+        positions=model.positions,
+        max_length=config.batch.length,
+        attention=tuple(layer_pattern(model, kind) for kind in kinds),
+        shared_qk=model.shared_qk,
+        shared_scale=model.shared_scale,
+        dtype=model.dtype,
+        implementation=model.implementation,
+        remat=model.remat,
+    )

@@ -1,0 +1,38 @@
+"""Tokens a second, of training alone: compiling, evaluating and saving do not count."""
+
+import time
+
+
+class Throughput:
+    """A clock that runs while training does."""
+
+    def __init__(self):
+        self._tokens = 0
+        self._seconds = 0.0
+        self._resumed: float | None = None
+
+    def resume(self) -> None:
+        """Starts the clock, if it is not running."""
+        self._resumed = time.monotonic() if self._resumed is None else self._resumed
+
+    def add(self, tokens: int) -> None:
+        """Counts a step that is done; ignored while the clock stands."""
+        if self._resumed is not None:
+            now = time.monotonic()
+            self._seconds += now - self._resumed
+            self._resumed = now
+            self._tokens += tokens
+
+    def pause(self) -> None:
+        """Stops the clock until `resume`."""
+        self._resumed = None
+
+    @property
+    def seconds(self) -> float:
+        """Time that the counted steps took."""
+        return self._seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The mean so far; 0 before the first step."""
+        return self._tokens / self._seconds if self._seconds > 0 else 0.0
