@@ -1,0 +1,45 @@
+"""Settings of every test: strict promotion, shapes checked by machine, eight virtual CPU devices."""
+
+import os
+
+# Before jax is imported: it reads its flags once.
+_DEVICES = "--xla_force_host_platform_device_count=8"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jaxtyping.install_import_hook("sparse_flash_jax", "beartype.beartype")
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25, database=None)
+hypothesis.settings.load_profile("tests")
+
+
+def pytest_configure(config):
+    # Compiling is most of the time that the tests take, and workers compile much the same.
+    if getattr(config, "cache", None) is None:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # An entry that another worker is just writing reads as broken; it is then compiled here.
+    config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache")
+
+
+def pytest_collection_modifyitems(items):
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu and jax.default_backend() != "gpu":
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def without_shape_checks():
+    """The machine's shape checks off, so that a wrong call reaches the package's own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

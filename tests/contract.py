@@ -1,0 +1,126 @@
+"""What every implementation of interval attention must do; each test module of one subclasses it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_flash_jax.kernels.config import Blocks, Config
+from sparse_flash_jax.kernels.interval import interval_attention
+from sparse_flash_jax.kernels.tiles import Runs
+from tests.budget import assert_within_budget, dense, truth, with_gradients
+from tests.cases import Inputs
+
+BATCH, HEADS, KEY_HEADS, QUERIES, KEYS, HEAD_DIM = 2, 4, 2, 90, 75, 8
+
+
+def runs_of(k_start: np.ndarray, k_stop: np.ndarray, keys: int = KEYS) -> Runs:
+    """Runs and their transpose, from monotone bounds [B N T]."""
+    slot = np.arange(keys)
+    seen = (k_start[..., None] <= slot) & (slot < k_stop[..., None])
+    before = (k_stop[..., None] <= slot).sum(axis=-2)  # queries whose run ends before the key
+    until = before + seen.sum(axis=-2)
+    return Runs(*(jnp.asarray(x, jnp.int32) for x in (k_start, k_stop, before, until)))
+
+
+def random_runs(rng: np.random.Generator, widest: int, heads: int = HEADS) -> Runs:
+    """Monotone runs of up to about `widest` keys, some of them empty."""
+    stop = np.sort(rng.integers(0, KEYS + 1, (BATCH, heads, QUERIES)), axis=-1)
+    start = np.maximum.accumulate(np.maximum(stop - rng.integers(0, widest, stop.shape), 0), axis=-1)
+    return runs_of(np.minimum(start, stop), stop)
+
+
+def sections() -> Runs:
+    """Runs of the first 20 queries begin late and those of the last end late: masked, full and masked tiles in turn."""
+    query = np.broadcast_to(np.arange(QUERIES), (BATCH, HEADS, QUERIES))
+    return runs_of(query // 9, np.minimum(KEYS, 55 + query // 4))
+
+
+def empty() -> Runs:
+    zeros = np.zeros((BATCH, HEADS, QUERIES), int)
+    return runs_of(zeros, zeros)
+
+
+RUNS = {
+    "narrow": random_runs(np.random.default_rng(0), 10),
+    "wide": random_runs(np.random.default_rng(1), 200),
+    "sections": sections(),
+    "empty": empty(),
+}
+CONFIGS = {
+    "8x8": Config(Blocks(8, 8), Blocks(8, 8), Blocks(8, 8)),
+    "each_pass_its_own": Config(Blocks(16, 8), Blocks(8, 32), Blocks(32, 16)),
+    "past_the_end": Config(Blocks(128, 128), Blocks(64, 128), Blocks(128, 32)),
+}
+
+
+def inputs(dtype: str) -> Inputs:
+    """[B T N H] as everywhere in the tests, though the kernels want heads first."""
+    rng = np.random.default_rng(7)
+    queries, keys = (BATCH, QUERIES, HEADS, HEAD_DIM), (BATCH, KEYS, KEY_HEADS, HEAD_DIM)
+    q, k, v, do = (jnp.asarray(rng.standard_normal(s), dtype) for s in (queries, keys, keys, queries))
+    return Inputs(q, k, v, do, jnp.asarray(rng.standard_normal(queries[:3]), jnp.float32))
+
+
+@jax.jit
+def judges(inputs, runs):
+    slot = jnp.arange(KEYS)[None, None, None]
+    mask = (runs.k_start[..., None] <= slot) & (slot < runs.k_stop[..., None])
+    mask = jnp.broadcast_to(jnp.repeat(mask, HEADS // mask.shape[1], axis=1), (BATCH, HEADS, QUERIES, KEYS))
+    return truth(inputs, mask), dense(inputs, mask)
+
+
+class IntervalContract:
+    """Subclasses name the implementation, and the dtypes and tiles that it can do."""
+
+    implementation: str
+    configs = CONFIGS
+    dtypes = ("float32", "float16", "bfloat16")
+
+    def run(self, inputs, runs, config):
+        @jax.jit
+        def attend(inputs, runs):
+            def attention(q, k, v):
+                q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+                o, lse = interval_attention(
+                    q, k, v, runs, implementation=self.implementation, config=self.configs[config]
+                )
+                return jnp.swapaxes(o, 1, 2), jnp.swapaxes(lse, 1, 2)
+
+            return with_gradients(attention, inputs)
+
+        return attend(inputs, runs)
+
+    @pytest.mark.parametrize("config", CONFIGS)
+    def test_every_kind_of_run(self, config):
+        drawn = inputs("float32")
+        for name, runs in RUNS.items():
+            got = self.run(drawn, runs, config)
+            try:
+                assert_within_budget(got, *judges(drawn, runs))
+            except AssertionError as error:
+                error.add_note(f"runs: {name}")
+                raise
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_short_dtypes(self, dtype):
+        if dtype not in self.dtypes:
+            pytest.skip(f"{self.implementation} has no {dtype}")
+        drawn = inputs(dtype)
+        for runs in (RUNS["narrow"], RUNS["sections"]):
+            assert_within_budget(self.run(drawn, runs, "each_pass_its_own"), *judges(drawn, runs))
+
+    @pytest.mark.parametrize("heads", [1, 2])
+    def test_heads_may_share_runs(self, heads):
+        drawn, runs = inputs("float32"), random_runs(np.random.default_rng(2), 30, heads)
+        assert_within_budget(self.run(drawn, runs, "8x8"), *judges(drawn, runs))
+
+    def test_batch_may_share_runs(self):
+        drawn, runs = inputs("float32"), Runs(*(x[:1] for x in RUNS["narrow"]))
+        assert_within_budget(self.run(drawn, runs, "8x8"), *judges(drawn, runs))
+
+    def test_empty_runs_give_exact_zeros(self):
+        got = self.run(inputs("float32"), RUNS["empty"], "8x8")
+        assert np.isneginf(got.lse).all()
+        for name in ("o", "dq", "dk", "dv"):
+            assert not np.asarray(getattr(got, name)).any(), name

@@ -1,0 +1,64 @@
+"""The gradient rule of interval attention and the choice of an implementation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_flash_jax.kernels.interval import IMPLEMENTATIONS, RESIDUAL_NAMES, interval_attention
+from tests.contract import RUNS, inputs
+
+
+def heads_first():
+    return [jnp.swapaxes(x, 1, 2) for x in inputs("float32")]
+
+
+def test_none_picks_what_runs_here():
+    q, k, v, *_ = heads_first()
+    np.testing.assert_array_equal(
+        interval_attention(q, k, v, RUNS["narrow"])[0],
+        interval_attention(q, k, v, RUNS["narrow"], implementation="xla")[0],
+    )
+
+
+@pytest.mark.parametrize("implementation", ["mosaic", "triton"])
+def test_what_cannot_run_never_falls_back(implementation):
+    assert implementation in IMPLEMENTATIONS
+    q, k, v, *_ = heads_first()
+    with pytest.raises(NotImplementedError, match=f"{implementation}.*xla"):
+        interval_attention(q, k, v, RUNS["narrow"], implementation=implementation)
+
+
+def test_unknown_implementation():
+    q, k, v, *_ = heads_first()
+    with pytest.raises(ValueError, match=r"one of .*mosaic.*triton.*xla.*got .cudnn"):
+        interval_attention(q, k, v, RUNS["narrow"], implementation="cudnn")
+
+
+@pytest.mark.parametrize("through", ["o", "lse"])
+def test_gradient_through_each_output_alone(through):
+    """The cotangents add: what flows through o and through lse alone sums to what flows through both."""
+    q, k, v, do, dlse = heads_first()
+    _, vjp = jax.vjp(lambda q, k, v: interval_attention(q, k, v, RUNS["wide"]), q, k, v)
+    both = vjp((do, dlse))
+    alone = vjp((do, jnp.zeros_like(dlse)) if through == "o" else (jnp.zeros_like(do), dlse))
+    rest = vjp((jnp.zeros_like(do), dlse) if through == "o" else (do, jnp.zeros_like(dlse)))
+    for name, x, y, z in zip(("dq", "dk", "dv"), both, alone, rest, strict=True):
+        np.testing.assert_allclose(x, y + z, atol=2e-5, err_msg=name)
+    if through == "lse":
+        assert alone[0].any()
+        assert alone[1].any()
+        assert not alone[2].any(), "lse does not depend on v"
+
+
+def test_scale_defaults_to_one_over_root_head_dim():
+    q, k, v, *_ = heads_first()
+    default, named = (interval_attention(q, k, v, RUNS["wide"], scale=s)[0] for s in (None, q.shape[-1] ** -0.5))
+    np.testing.assert_array_equal(default, named)
+
+
+def test_residuals_are_named():
+    q, k, v, *_ = heads_first()
+    jaxpr = jax.make_jaxpr(jax.grad(lambda q: interval_attention(q, k, v, RUNS["wide"])[0].sum()))(q)
+    for name in RESIDUAL_NAMES:
+        assert f"name={name}" in str(jaxpr)

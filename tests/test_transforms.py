@@ -1,0 +1,158 @@
+"""The primitive under jit, vmap, remat, scan, pmap and shard_map: the same numbers, and no work done twice."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import sparse_flash_jax as sfj
+from tests.jaxprs import calls, primitives
+
+BATCH, LENGTH, HEADS, KEY_HEADS, HEAD_DIM = 8, 24, 4, 2, 8
+DEVICES = 8
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    """q, k, v, a cotangent, and bucket ids of queries and keys."""
+    rng = np.random.default_rng(0)
+    queries, keys = (BATCH, LENGTH, HEADS), (BATCH, LENGTH, KEY_HEADS)
+    q, k, v, do = (
+        jnp.asarray(rng.standard_normal((*s, HEAD_DIM)), jnp.float32) for s in (queries, keys, keys, queries)
+    )
+    return q, k, v, do, *(jnp.asarray(rng.integers(0, 3, s), jnp.int32) for s in (queries, keys))
+
+
+def hashed(q, k, v, do, query_bucket, key_bucket):
+    """o, lse and the gradients of <o, do> + sum(lse), planned from buckets."""
+    plan = sfj.hash_sparse(query_bucket, key_bucket)
+    return attended(q, k, v, do, plan)
+
+
+def attended(q, k, v, do, plan):
+    outputs, vjp = jax.vjp(lambda q, k, v: sfj.sparse_attention(q, k, v, plan, return_residual=True), q, k, v)
+    return (*outputs, *vjp((do, jnp.ones_like(outputs[1]))))
+
+
+@pytest.fixture(scope="module")
+def expected(arrays):
+    return jax.jit(hashed)(*arrays)
+
+
+def assert_same(got, expected):
+    for name, x, y in zip(("o", "lse", "dq", "dk", "dv"), got, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(x).reshape(y.shape), y, atol=2e-6, rtol=2e-6, err_msg=name)
+
+
+def test_vmap_over_a_batch_axis(arrays, expected):
+    split = [x.reshape(4, 2, *x.shape[1:]) for x in arrays]
+    assert_same(jax.jit(jax.vmap(hashed))(*split), expected)
+
+
+def test_vmap_with_one_plan_for_all(arrays):
+    plan = sfj.causal(LENGTH, window=9)
+    split = [x.reshape(4, 2, *x.shape[1:]) for x in arrays[:4]]
+    got = jax.jit(jax.vmap(attended, in_axes=(0, 0, 0, 0, None)))(*split, plan)
+    assert_same(got, jax.jit(attended)(*arrays[:4], plan))
+
+
+def test_vmap_over_capacities(arrays):
+    """Where a head of one entry keeps too many, that entry's overflow counts it."""
+    keep = jnp.ones((4, 2, LENGTH, 1), bool).at[0, :, 20:].set(False)
+    plan = jax.vmap(lambda keep: sfj.qk_sparse(keep, keep, query_capacity=20))(keep)
+    np.testing.assert_array_equal(plan.query_overflow[..., 0], [[0, 0], [4, 4], [4, 4], [4, 4]])
+
+
+def loss(q, k, v, query_bucket, key_bucket, *, plan=None):
+    plan = sfj.hash_sparse(query_bucket, key_bucket) if plan is None else plan
+    o, lse = sfj.sparse_attention(jnp.sin(q), k, v, plan, return_residual=True)
+    return jnp.sum(jnp.cos(o)) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0.0))
+
+
+SAVED = jax.checkpoint_policies.save_only_these_names(*sfj.RESIDUAL_NAMES, sfj.PLAN_NAME)
+GRADIENTS = {
+    "plain": loss,
+    "remat": jax.checkpoint(loss),
+    "remat_with_names": jax.checkpoint(loss, policy=SAVED),
+}
+
+
+@pytest.mark.parametrize("how", ["remat", "remat_with_names"])
+def test_remat(arrays, how):
+    q, k, v, _, *buckets = arrays
+    got, plain = (jax.jit(jax.grad(GRADIENTS[h], argnums=(0, 1, 2)))(q, k, v, *buckets) for h in (how, "plain"))
+    for name, x, y in zip(("dq", "dk", "dv"), got, plain, strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-6, rtol=2e-6, err_msg=name)
+
+
+# Runs of the forward kernel, and sorts: one for the queries and one for the keys.
+@pytest.mark.parametrize(("how", "forwards", "sorts"), [("plain", 1, 2), ("remat", 2, 4), ("remat_with_names", 1, 2)])
+def test_named_residuals_are_not_made_twice(arrays, how, forwards, sorts):
+    q, k, v, _, *buckets = arrays
+    jaxpr = jax.make_jaxpr(jax.grad(GRADIENTS[how], argnums=(0, 1, 2)))(q, k, v, *buckets)
+    assert calls(jaxpr, "_backward") == 1
+    assert primitives(jaxpr).count("sort") == sorts
+    assert calls(jaxpr, "_attention") == forwards
+
+
+def layer(x, key):
+    """A residual layer of hash-sparse attention with a hash of its own."""
+    return x + sfj.hash_sparse_attention(x, x, jnp.sin(x), 4, key), None
+
+
+@pytest.mark.parametrize("policy", [None, SAVED], ids=["plain", "remat_with_names"])
+def test_scan_over_layers(arrays, policy):
+    x, keys = arrays[0][:2], jax.random.split(jax.random.key(0), 2)
+    scanned_layer = layer if policy is None else jax.checkpoint(layer, policy=policy)
+
+    def scanned(x):
+        return jnp.sum(jnp.sin(jax.lax.scan(scanned_layer, x, keys)[0]))
+
+    def one_by_one(x):
+        return jnp.sum(jnp.sin(layer(layer(x, keys[0])[0], keys[1])[0]))
+
+    (value, dx), (expected, expected_dx) = (jax.jit(jax.value_and_grad(f))(x) for f in (scanned, one_by_one))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(dx, expected_dx, atol=1e-5)
+
+
+@pytest.mark.skipif(jax.device_count() < DEVICES, reason=f"needs {DEVICES} devices")
+class TestDevices:
+    def test_pmap(self, arrays, expected):
+        split = [x[:, None] for x in arrays]
+        assert_same(jax.pmap(hashed)(*split), expected)
+
+    def mesh(self):
+        return jax.make_mesh((4, 2), ("data", "heads"), axis_types=(AxisType.Auto,) * 2)
+
+    def test_shard_map_over_batch_and_heads(self, arrays, expected):
+        spec = PartitionSpec("data", None, "heads")
+        run = jax.shard_map(hashed, mesh=self.mesh(), in_specs=(spec,) * 6, out_specs=(spec,) * 5)
+        assert_same(jax.jit(run)(*arrays), expected)
+
+    def test_shard_map_with_a_plan_that_all_share(self, arrays):
+        plan, spec = sfj.causal(LENGTH), PartitionSpec("data", None, "heads")
+        run = jax.shard_map(
+            attended,
+            mesh=self.mesh(),
+            in_specs=(*(spec,) * 4, PartitionSpec()),
+            out_specs=(spec,) * 5,
+        )
+        assert_same(jax.jit(run)(*arrays[:4], plan), jax.jit(attended)(*arrays[:4], plan))
+
+    def test_gradient_through_shard_map(self, arrays):
+        q, k, v, _, *buckets = arrays
+        spec = PartitionSpec("data", None, "heads")
+
+        def summed(q, k, v, *buckets):
+            return jax.lax.psum(loss(q, k, v, *buckets), ("data", "heads"))
+
+        run = jax.shard_map(summed, mesh=self.mesh(), in_specs=(spec,) * 5, out_specs=PartitionSpec())
+        got, plain = (jax.jit(jax.grad(f, argnums=(0, 1, 2)))(q, k, v, *buckets) for f in (run, loss))
+        for name, x, y in zip(("dq", "dk", "dv"), got, plain, strict=True):
+            np.testing.assert_allclose(x, y, atol=2e-6, rtol=2e-6, err_msg=name)
+
+    def test_jit_with_sharded_inputs(self, arrays, expected):
+        sharding = NamedSharding(self.mesh(), PartitionSpec("data", None, "heads"))
+        assert_same(jax.jit(hashed)(*(jax.device_put(x, sharding) for x in arrays)), expected)
