@@ -40,7 +40,8 @@ def sparse_attention(q, k, v, plan, *, scale=None, implementation=None, return_r
 
         o[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j]      over the keys j that query i sees
 
-    Differentiable in q, k and v. Works under jit, grad, vmap, remat, scan, shard_map and pmap.
+    Differentiable in q, k and v. Works under jit, grad, vmap, remat, scan, shard_map and pmap. As in any masked
+    product, hidden and dropped rows must hold finite numbers: a NaN in one can reach the outputs, by 0 * NaN.
 
     Args:
         q: float32, float16 or bfloat16 [B T N H].

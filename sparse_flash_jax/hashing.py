@@ -41,7 +41,7 @@ def lsh_buckets(
     positive_int("num_rotations", num_rotations)
     if heads % num_rotations:
         raise ValueError(f"num_rotations must divide the number of heads {heads}, got {num_rotations}.")
-    rotation = jax.random.normal(key, (num_rotations, head_dim, num_buckets // 2))
+    rotation = jax.random.normal(key, (num_rotations, head_dim, num_buckets // 2), jnp.float32)
     rotation = rotation / jnp.linalg.norm(rotation, axis=1, keepdims=True)
     grouped = x.reshape(batch, length, num_rotations, heads // num_rotations, head_dim)
     projected = jnp.einsum(

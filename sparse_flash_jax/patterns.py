@@ -166,7 +166,7 @@ def random_keep(key: PRNGKeyArray, shape: tuple[int, int, int], rate: float) -> 
         raise ValueError(f"shape must be (B, T, N), got {tuple(shape)}.")
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must be in [0, 1], the share of tokens to drop, got {rate}.")
-    return top_keep(jax.random.uniform(key, shape), math.ceil((1 - rate) * shape[1]))
+    return top_keep(jax.random.uniform(key, shape, jnp.float32), math.ceil((1 - rate) * shape[1]))
 
 
 def top_keep(scores: Float[Array, "B T N"], count: int) -> Bool[Array, "B T N"]:

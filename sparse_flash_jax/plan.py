@@ -100,7 +100,8 @@ class AttentionPlan(NamedTuple):
     def density(self) -> Float32[Array, ""]:
         """Returns visible pairs over the pairs of dense causal attention, averaged over batch and heads; jit-able.
 
-        A bidirectional plan sees more than that: its density is nearly 2.
+        The denominator is that of `causal(T, S)`, so a bidirectional plan has a density of nearly 2, and one query with
+        a long cache behind it (`query_offset`) a density of S.
         """
         visible = jnp.sum((self.runs.k_stop - self.runs.k_start).astype(jnp.float32), axis=-1)
         return jnp.mean(visible) / np.float32(causal_pairs(self.query_length, self.key_length))
@@ -161,7 +162,8 @@ def make_plan(
         causal: whether a query sees no later key.
         exclude_self: whether a query also does not see the key of its own position.
         window: positions that a query looks back, its own included.
-        query_offset: position of the first query among the keys, as a KV cache needs; may be traced.
+        query_offset: position of the first query among the keys, as a KV cache needs; may be traced. At most
+            2**30 in size.
         query_capacity: most queries that any head keeps; shortens the sorted sequence to this static length.
         key_capacity: most keys that any head keeps.
 
@@ -207,7 +209,9 @@ def plan_sides(
     for name, capacity in zip(("query_capacity", "key_capacity"), capacities, strict=True):
         if capacity is not None:
             positive_int(name, capacity)
-    offset = jnp.asarray(query_offset, jnp.int32)
+    # Past these an offset shows or hides everything; clipped, no position plus offset leaves int32.
+    farthest = lengths[1] + rule.reach
+    offset = jnp.clip(jnp.asarray(query_offset, jnp.int32), -lengths[0], farthest)
     plan = _plan(
         query_groups, query_keep, key_groups, key_keep, offset, lengths=lengths, rule=rule, capacities=capacities
     )

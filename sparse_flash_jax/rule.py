@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from sparse_flash_jax.validation import check_window
+from sparse_flash_jax.validation import LARGEST_OFFSET, check_window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +19,16 @@ class Rule:
     def __post_init__(self):
         check_window(self.window, causal=self.causal, exclude_self=self.exclude_self)
 
+    @property
+    def reach(self) -> int:
+        """The window, cut where it hides nothing and stays in int32 when positions are added; 0 for none."""
+        return 0 if self.window is None else int(min(self.window, LARGEST_OFFSET + (1 << 29)))
+
     def keys_seen(
         self, i: Int32[Array, "*rows"], key_length: int
     ) -> tuple[Int32[Array, "*rows"], Int32[Array, "*rows"]]:
         """Returns the half-open range of key positions that a query at position i (offset added) may see."""
-        lower = jnp.zeros_like(i) if self.window is None else i - _clip(self.window) + 1
+        lower = jnp.zeros_like(i) if self.window is None else i - self.reach + 1
         upper = i + 1 - int(self.exclude_self) if self.causal else jnp.full_like(i, key_length)
         return lower, upper
 
@@ -32,10 +37,5 @@ class Rule:
     ) -> tuple[Int32[Array, "*rows"], Int32[Array, "*rows"]]:
         """Returns the half-open range of query positions that may see a key at position j (offset subtracted)."""
         lower = j + int(self.exclude_self) if self.causal else jnp.zeros_like(j)
-        upper = jnp.full_like(j, query_length) if self.window is None else j + _clip(self.window)
+        upper = jnp.full_like(j, query_length) if self.window is None else j + self.reach
         return lower, upper
-
-
-def _clip(window: int) -> int:
-    """A window longer than any sequence hides nothing; this one cannot leave int32 when a position is added."""
-    return min(window, 1 << 30)

@@ -3,9 +3,10 @@
 import dataclasses
 import math
 
+import jax.numpy as jnp
 import numpy as np
 
-from sparse_flash_jax.kernels.tiles import Runs
+from sparse_flash_jax.kernels.tiles import Runs, TileRange, tile_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +56,13 @@ def plan_stats(
     runs: Runs, *, query_length: int, key_length: int, causal_pairs: int, largest_group: int, block_q: int, block_k: int
 ) -> PlanStats:
     """Counts a plan; see `AttentionPlan.stats`."""
-    start, stop = np.asarray(runs.k_start, np.int64), np.asarray(runs.k_stop, np.int64)
+    start, stop = np.asarray(runs.k_start), np.asarray(runs.k_stop)
     heads = math.prod(start.shape[:2])
-    visible = int((stop - start).sum())
+    visible = int((stop - start).sum(dtype=np.int64))
     first = np.arange(0, start.shape[-1], block_q)
     last = np.minimum(first + block_q, start.shape[-1]) - 1
-    tile_start, tile_stop = start[..., first] // block_k, -(-stop[..., last] // block_k)
-    tile_stop = np.where(stop[..., last] > start[..., first], tile_stop, tile_start)
-    full_start = np.clip(-(-start[..., last] // block_k), tile_start, tile_stop)
-    full_stop = np.clip(stop[..., first] // block_k, full_start, tile_stop)
+    ends = (start[..., first], stop[..., first], start[..., last], stop[..., last])
+    tiles = TileRange(*(np.asarray(x, np.int64) for x in tile_range(*map(jnp.asarray, ends), block_k)))
     empty_slots = int((stop == start).sum())
     return PlanStats(
         heads=heads,
@@ -72,8 +71,8 @@ def plan_stats(
         block_q=block_q,
         block_k=block_k,
         total_tiles=heads * -(-query_length // block_q) * -(-key_length // block_k),
-        executed_tiles=int((tile_stop - tile_start).sum()),
-        full_tiles=int((full_stop - full_start).sum()),
+        executed_tiles=int((tiles.stop - tiles.start).sum()),
+        full_tiles=int((tiles.full_stop - tiles.full_start).sum()),
         empty_queries=empty_slots + heads * (query_length - start.shape[-1]),
         largest_group=largest_group,
     )

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+LARGEST_OFFSET = 1 << 30
+"""Positions up to here can be added to one another in int32."""
+
 FLOAT_DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
 
 
@@ -51,8 +54,10 @@ def check_window(window: int | None, *, causal: bool, exclude_self: bool) -> Non
 
 
 def check_offset(query_offset: Any) -> None:
-    """Raises TypeError unless the offset is an int or an int32 scalar."""
+    """Raises TypeError unless the offset is an int or an int32 scalar, ValueError where an int is too large."""
     if isinstance(query_offset, int | np.integer) and not isinstance(query_offset, bool):
+        if abs(query_offset) > LARGEST_OFFSET:
+            raise ValueError(f"query_offset must be at most 2**30 in size, got {query_offset}.")
         return
     if getattr(query_offset, "dtype", None) != jnp.int32 or getattr(query_offset, "shape", None) != ():
         got = f"{getattr(query_offset, 'dtype', type(query_offset).__name__)}{list(getattr(query_offset, 'shape', ()))}"
@@ -116,10 +121,12 @@ def check_attention_inputs(q: Any, k: Any, v: Any) -> None:
 
 
 def check_scale(scale: Any) -> None:
-    """Raises TypeError unless scale is None or a static number."""
-    if scale is None or (isinstance(scale, int | float | np.number) and not isinstance(scale, bool)):
+    """Raises TypeError unless scale is None or a static number, ValueError unless that is finite."""
+    if scale is None:
         return
-    if isinstance(scale, Tracer) or not hasattr(scale, "__float__"):
+    if isinstance(scale, bool | Tracer) or not hasattr(scale, "__float__"):
         raise TypeError(
             f"scale must be a static Python float, got {type(scale).__name__}; multiply q by a traced scale instead."
         )
+    if not np.isfinite(float(scale)):
+        raise ValueError(f"scale must be finite, got {scale}.")

@@ -1,5 +1,9 @@
 """Sparse attention as it is called: against the reference by error budget, and what holds exactly."""
 
+import dataclasses
+
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +13,7 @@ from jax.test_util import check_grads
 import sparse_flash_jax as sfj
 from tests import definition
 from tests.budget import assert_within_budget, dense, truth, with_gradients
-from tests.cases import BASE, BY_NAME, CASES, Case, Inputs
+from tests.cases import BASE, BY_NAME, CASES, Case, Inputs, Pattern, Shape
 
 HASH = BY_NAME["B2-T63-N4-K2-H32-hash16-f32"]
 
@@ -35,6 +39,42 @@ def test_outputs_and_gradients_within_budget(case):
     assert got.o.dtype == inputs.q.dtype
     assert got.lse.dtype == jnp.float32
     assert_within_budget(got, *judges(inputs, plan))
+
+
+def any_pattern(seed: int, buckets: int, share: float, documents: bool) -> Pattern:
+    """Buckets, documents and keep masks of one random generator, skewed as it likes."""
+
+    def arrays(rng: np.random.Generator, shape: Shape) -> dict:
+        rng = np.random.default_rng([seed, shape.T])
+        groups = {
+            "query_group": rng.integers(0, buckets, shape.query_axes) ** 2 % buckets,
+            "key_group": rng.integers(0, buckets, shape.key_axes) ** 2 % buckets,
+        }
+        ids = np.cumsum(rng.random((shape.B, shape.T, 1)) < 0.05, axis=1) if documents else np.zeros((1, shape.T, 1))
+        return {
+            **{name: (ids.astype(np.int32), group.astype(np.int32)) for name, group in groups.items()},
+            "query_keep": rng.random(shape.query_axes) < share,
+            "key_keep": rng.random(shape.key_axes) < share,
+        }
+
+    return Pattern(f"drawn_{seed}_{buckets}_{share}_{documents}", arrays)
+
+
+@hypothesis.given(
+    seed=st.integers(0, 2**31),
+    buckets=st.integers(1, 20),
+    share=st.sampled_from((0.1, 0.5, 1.0)),
+    documents=st.booleans(),
+    window=st.none() | st.integers(1, 70),
+    causal=st.booleans(),
+    shape=st.sampled_from((BASE, Shape(B=1, T=130, N=2, H=8))),
+)
+def test_any_pattern_within_budget(seed, buckets, share, documents, window, causal, shape):
+    pattern = any_pattern(seed, buckets, share, documents)
+    case = Case(shape, dataclasses.replace(pattern, window=window, causal=causal))
+    inputs, plan = case.inputs(), case.plan()
+    np.testing.assert_array_equal(definition.full_mask(plan, case), definition.visible(case))
+    assert_within_budget(sparse(inputs, plan), *judges(inputs, plan))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

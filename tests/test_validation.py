@@ -77,6 +77,8 @@ ATTENTION = {
         "got 2",
     ),
     "traced scale": (lambda: jax.jit(lambda s: attend(scale=s))(0.5), TypeError, "scale must be a static", "got .*T"),
+    "scale of True": (lambda: attend(scale=True), TypeError, "scale must be a static", "got bool"),
+    "scale of nan": (lambda: attend(scale=float("nan")), ValueError, "scale must be finite", "got nan"),
     "scale in words": (lambda: attend(scale="1"), TypeError, "scale must be a static", "got str"),
     "unknown implementation": (
         lambda: attend(implementation="cudnn"),
@@ -159,6 +161,12 @@ PLANS = {
     "window of none": (lambda: kept(window=0), ValueError, "window must be at least 1", "got 0"),
     "window of True": (lambda: kept(window=True), TypeError, "window must be a static Python int", "got bool"),
     "fractional offset": (lambda: kept(query_offset=1.5), TypeError, "query_offset must be an int", "got float"),
+    "far offset": (
+        lambda: kept(query_offset=2**31),
+        ValueError,
+        r"query_offset must be at most 2\*\*30",
+        "got 2147483648",
+    ),
     "offset for each": (
         lambda: kept(query_offset=jnp.zeros(2, jnp.int32)),
         TypeError,

@@ -15,7 +15,7 @@ from sparse_flash_jax.plan import AttentionPlan
 _SMALLEST_SQUARE = 1e-12
 
 
-def check_heads(num_heads: int, num_key_heads: int, head_dim: int, shared_qk: bool, rope: bool):
+def check_heads(num_heads: int, num_key_heads: int, head_dim: int, shared_qk: bool, rope: bool) -> None:
     """Checks the options of an attention layer.
 
     Raises:

@@ -70,6 +70,10 @@ class Hash:
     exclude_self: bool = False
     window: int | None = None
 
+    def __post_init__(self):
+        if self.num_buckets < 2 or self.num_buckets % 2:
+            raise ValueError(f"num_buckets must be even and at least 2, got {self.num_buckets}.")
+
     def plan(
         self,
         q: Float[Array, "B T N H"],
@@ -120,6 +124,10 @@ class QK:
     rate: float
     scored: bool = False
     window: int | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"rate must be in [0, 1), the share of tokens to drop, got {self.rate}.")
 
     def plan(
         self,

@@ -32,8 +32,8 @@ class Config:
 def xla_config(query_slots: int, key_slots: int) -> Config:
     """Returns tiles for the XLA implementation.
 
-    128 x 64 is the best all-round tile on two CPU cores (benchmarks/notes.md): a larger one is a fifth faster where runs
-    are long, and up to twice as slow where they are short; a smaller one pays more loop overhead.
+    128 x 64 is the best all-round tile on two CPU cores (benchmarks/notes.md): a larger one is a fifth faster where
+    runs are long, and up to twice as slow where they are short; a smaller one pays more loop overhead.
     """
     q, k = _multiple_of_8(query_slots), _multiple_of_8(key_slots)
     by_queries = Blocks(rows=min(128, q), columns=min(64, k))
