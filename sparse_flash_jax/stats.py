@@ -5,8 +5,9 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
-from sparse_flash_jax.kernels.tiles import Runs, TileRange, tile_range
+from sparse_flash_jax.kernels.tiles import Runs, tile_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +59,12 @@ def plan_stats(
     """Counts a plan; see `AttentionPlan.stats`."""
     start, stop = np.asarray(runs.k_start), np.asarray(runs.k_stop)
     heads = math.prod(start.shape[:2])
-    visible = int((stop - start).sum(dtype=np.int64))
+    visible = _sum(stop - start)
     first = np.arange(0, start.shape[-1], block_q)
     last = np.minimum(first + block_q, start.shape[-1]) - 1
     ends = (start[..., first], stop[..., first], start[..., last], stop[..., last])
-    tiles = TileRange(*(np.asarray(x, np.int64) for x in tile_range(*map(jnp.asarray, ends), block_k)))
+    first_start, first_stop, last_start, last_stop = (jnp.asarray(x) for x in ends)
+    tiles = tile_range(first_start, first_stop, last_start, last_stop, block_k)
     empty_slots = int((stop == start).sum())
     return PlanStats(
         heads=heads,
@@ -71,8 +73,13 @@ def plan_stats(
         block_q=block_q,
         block_k=block_k,
         total_tiles=heads * -(-query_length // block_q) * -(-key_length // block_k),
-        executed_tiles=int((tiles.stop - tiles.start).sum()),
-        full_tiles=int((tiles.full_stop - tiles.full_start).sum()),
+        executed_tiles=_sum(tiles.stop - tiles.start),
+        full_tiles=_sum(tiles.full_stop - tiles.full_start),
         empty_queries=empty_slots + heads * (query_length - start.shape[-1]),
         largest_group=largest_group,
     )
+
+
+def _sum(counts: np.ndarray | Array) -> int:
+    """A sum that does not stop at int32."""
+    return int(np.asarray(counts).sum(dtype=np.int64))

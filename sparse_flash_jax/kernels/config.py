@@ -57,7 +57,8 @@ def triton_config(dtype: Any, head_dim: int, *, long_runs: bool) -> Config:
         long_runs: whether a run spans many tiles.
     """
     if jnp.dtype(dtype).itemsize == 4 or head_dim > 128:
-        small = Blocks(rows=32, columns=32, num_warps=4, num_stages=2)
+        columns = 16 if jnp.dtype(dtype).itemsize * head_dim > 512 else 32
+        small = Blocks(rows=32, columns=columns, num_warps=4, num_stages=2)
         return Config(forward=small, dq=small, dkv=small)
     if not long_runs:
         small = Blocks(rows=64, columns=32, num_warps=4, num_stages=3)

@@ -1,0 +1,164 @@
+"""Backward: dq of one tile of queries; dk and dv of one tile of keys, from the transposed runs.
+
+for each tile of the other side, masked | unmasked | masked:
+    p  = exp2(s - lse), hidden pairs 0              s = q k^T for dq, k q^T for dk and dv
+    ds = p * (do v^T - delta)
+    dq += ds k          or          dv += p do, dk += ds q, summed over the query heads of a group in turn
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Float32
+
+from sparse_flash_jax.kernels.config import Config
+from sparse_flash_jax.kernels.tiles import Runs, sweep
+from sparse_flash_jax.kernels.triton import launch
+
+
+def _dq_kernel(order, k_start, k_stop, q, k, v, do, lse, delta, dq, *, scale, block, heads, group, tiles, precision):
+    b, n, i = launch.place(order, heads, tiles)
+    first = i * block.rows
+    rows = pl.ds(first, block.rows)
+    row = launch.bounds_of(k_start, b, n, heads)
+    start, stop = k_start[*row, rows], k_stop[*row, rows]  # [rows]
+    head = n // group
+    q_tile, do_tile = q[b, n, rows, :], do[b, n, rows, :]  # [rows, H]
+    lse_row, delta_row = lse[b, n, rows] * launch.LOG2E, delta[b, n, rows]  # [rows]
+
+    def step(j, acc, *, masked):
+        columns = pl.ds(j * block.columns, block.columns)
+        k_tile, v_tile = k[b, head, columns, :], v[b, head, columns, :]  # [columns, H]
+        s = launch.dot(q_tile, k_tile, contract=(1, 1), precision=precision) * (scale * launch.LOG2E)
+        p = jnp.exp2(s - lse_row[:, None])
+        ds = p * (launch.dot(do_tile, v_tile, contract=(1, 1), precision=precision) - delta_row[:, None])
+        if masked:
+            ds = jnp.where(launch.visible(start, stop, j, block.columns), ds, 0.0)
+        return acc + launch.dot(ds.astype(k_tile.dtype), k_tile, contract=(1, 0), precision=precision)
+
+    tile_range = launch.range_of(k_start, k_stop, row, first, block.rows, block.columns)
+    acc = sweep(step, tile_range, jnp.zeros(q_tile.shape, jnp.float32))
+    dq[b, n, rows, :] = (acc * scale).astype(dq.dtype)
+
+
+def _dkv_kernel(
+    order, q_start, q_stop, q, k, v, do, lse, delta, dk, dv, *, scale, block, heads, group, tiles, precision
+):
+    b, head, i = launch.place(order, heads // group, tiles)
+    first = i * block.rows
+    rows = pl.ds(first, block.rows)
+    k_tile, v_tile = k[b, head, rows, :], v[b, head, rows, :]  # [rows, H]
+
+    def of_member(member, carry):
+        n = head * group + member
+        row = launch.bounds_of(q_start, b, n, heads)
+        start, stop = q_start[*row, rows], q_stop[*row, rows]  # [rows]
+
+        def step(j, carry, *, masked):
+            dk_acc, dv_acc = carry
+            columns = pl.ds(j * block.columns, block.columns)
+            q_tile, do_tile = q[b, n, columns, :], do[b, n, columns, :]  # [columns, H]
+            lse_column, delta_column = lse[b, n, columns] * launch.LOG2E, delta[b, n, columns]  # [columns]
+            s = launch.dot(k_tile, q_tile, contract=(1, 1), precision=precision) * (scale * launch.LOG2E)
+            p = jnp.exp2(s - lse_column[None, :])
+            dp = launch.dot(v_tile, do_tile, contract=(1, 1), precision=precision) - delta_column[None, :]
+            ds = p * dp
+            if masked:
+                seen = launch.visible(start, stop, j, block.columns)
+                p, ds = jnp.where(seen, p, 0.0), jnp.where(seen, ds, 0.0)
+            dv_acc += launch.dot(p.astype(do_tile.dtype), do_tile, contract=(1, 0), precision=precision)
+            dk_acc += launch.dot(ds.astype(q_tile.dtype), q_tile, contract=(1, 0), precision=precision)
+            return dk_acc, dv_acc
+
+        return sweep(step, launch.range_of(q_start, q_stop, row, first, block.rows, block.columns), carry)
+
+    zeros = jnp.zeros(k_tile.shape, jnp.float32)
+    members = (zeros, zeros)
+    members = of_member(0, members) if group == 1 else lax.fori_loop(0, group, of_member, members)
+    dk[b, head, rows, :] = (members[0] * scale).astype(dk.dtype)
+    dv[b, head, rows, :] = members[1].astype(dv.dtype)
+
+
+def backward_dq(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    runs: Runs,
+    lse: Float32[Array, "B N T"],
+    do: Float[Array, "B N T H"],
+    delta: Float32[Array, "B N T"],
+    *,
+    scale: float,
+    config: Config,
+    interpret: bool = False,
+) -> Float[Array, "B N T H"]:
+    """Returns dq in q's dtype; `delta` is sum(o * do) less the cotangent of lse."""
+    (batch, heads, length, head_dim), block = q.shape, config.dq
+    q, lse, do, delta = (launch.pad(x, block, by="rows") for x in (q, lse, do, delta))
+    k, v = (launch.pad(x, block, by="columns") for x in (k, v))
+    start, stop = (launch.pad_bounds(x, block) for x in (runs.k_start, runs.k_stop))
+    tiles = q.shape[2] // block.rows
+    kernel = functools.partial(
+        _dq_kernel,
+        scale=scale,
+        block=block,
+        heads=heads,
+        group=heads // k.shape[1],
+        tiles=tiles,
+        precision=launch.precision_of(q.dtype, config),
+    )
+    order = launch.longest_first(start, stop, block, batch=batch, heads=heads, group=1)
+    dq = launch.launch(
+        kernel,
+        (order, start, stop, q, k, v, do, lse, delta),
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        block=block,
+        programs=batch * heads * tiles,
+        name="interval_attention_dq",
+        interpret=interpret,
+    )
+    return dq[:, :, :length, :head_dim]
+
+
+def backward_dkv(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    runs: Runs,
+    lse: Float32[Array, "B N T"],
+    do: Float[Array, "B N T H"],
+    delta: Float32[Array, "B N T"],
+    *,
+    scale: float,
+    config: Config,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    """Returns dk and dv in k's dtype, summed over the query heads of a group."""
+    (batch, key_heads, length, head_dim), block = k.shape, config.dkv
+    q, lse, do, delta = (launch.pad(x, block, by="columns") for x in (q, lse, do, delta))
+    k, v = (launch.pad(x, block, by="rows") for x in (k, v))
+    start, stop = (launch.pad_bounds(x, block) for x in (runs.q_start, runs.q_stop))
+    tiles = k.shape[2] // block.rows
+    kernel = functools.partial(
+        _dkv_kernel,
+        scale=scale,
+        block=block,
+        heads=q.shape[1],
+        group=q.shape[1] // key_heads,
+        tiles=tiles,
+        precision=launch.precision_of(q.dtype, config),
+    )
+    order = launch.longest_first(start, stop, block, batch=batch, heads=q.shape[1], group=q.shape[1] // key_heads)
+    dk, dv = launch.launch(
+        kernel,
+        (order, start, stop, q, k, v, do, lse, delta),
+        (jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
+        block=block,
+        programs=batch * key_heads * tiles,
+        name="interval_attention_dkv",
+        interpret=interpret,
+    )
+    return dk[:, :, :length, :head_dim], dv[:, :, :length, :head_dim]

@@ -1,0 +1,89 @@
+"""Forward: o and lse of one tile of queries.
+
+q, start, stop of the rows                          from two scalar loads: which key tiles
+for each key tile, masked | unmasked | masked:
+    s = q k^T * scale * log2(e), hidden pairs lowest
+    top, total, o = online softmax, in base 2
+o / total, top + log2(total), in base e
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Float32
+
+from sparse_flash_jax.kernels.config import Config
+from sparse_flash_jax.kernels.tiles import Runs, sweep
+from sparse_flash_jax.kernels.triton import launch
+
+
+def _kernel(order, k_start, k_stop, q, k, v, o, lse, *, scale, block, heads, group, tiles, precision):
+    b, n, i = launch.place(order, heads, tiles)
+    first = i * block.rows
+    rows = pl.ds(first, block.rows)
+    row = launch.bounds_of(k_start, b, n, heads)
+    start, stop = k_start[*row, rows], k_stop[*row, rows]  # [rows]
+    head = n // group
+    q_tile = q[b, n, rows, :]  # [rows, H]
+
+    def step(j, carry, *, masked):
+        top, total, acc = carry
+        columns = pl.ds(j * block.columns, block.columns)
+        k_tile, v_tile = k[b, head, columns, :], v[b, head, columns, :]  # [columns, H]
+        s = launch.dot(q_tile, k_tile, contract=(1, 1), precision=precision) * (scale * launch.LOG2E)
+        seen = launch.visible(start, stop, j, block.columns) if masked else None
+        s = s if seen is None else jnp.where(seen, s, launch.LOWEST)
+        new_top = jnp.maximum(top, jnp.max(s, axis=1))
+        p = jnp.exp2(s - new_top[:, None])
+        p = p if seen is None else jnp.where(seen, p, 0.0)
+        keep = jnp.exp2(top - new_top)
+        acc = acc * keep[:, None] + launch.dot(p.astype(v_tile.dtype), v_tile, contract=(1, 0), precision=precision)
+        return new_top, total * keep + jnp.sum(p, axis=1), acc
+
+    zeros = jnp.zeros((block.rows,), jnp.float32)
+    carry = (zeros + launch.LOWEST, zeros, jnp.zeros(q_tile.shape, jnp.float32))
+    tile_range = launch.range_of(k_start, k_stop, row, first, block.rows, block.columns)
+    top, total, acc = sweep(step, tile_range, carry)
+    some = total > 0
+    total = jnp.where(some, total, 1.0)
+    o[b, n, rows, :] = (acc / total[:, None]).astype(o.dtype)
+    lse[b, n, rows] = jnp.where(some, (top + jnp.log2(total)) / launch.LOG2E, -jnp.inf)
+
+
+def forward(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    runs: Runs,
+    *,
+    scale: float,
+    config: Config,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B N T H"], Float32[Array, "B N T"]]:
+    """Returns o in q's dtype, and lse with -inf where a row sees nothing."""
+    (batch, heads, length, head_dim), block = q.shape, config.forward
+    q, (k, v) = launch.pad(q, block, by="rows"), (launch.pad(x, block, by="columns") for x in (k, v))
+    start, stop = (launch.pad_bounds(x, block) for x in (runs.k_start, runs.k_stop))
+    tiles = q.shape[2] // block.rows
+    kernel = functools.partial(
+        _kernel,
+        scale=scale,
+        block=block,
+        heads=heads,
+        group=heads // k.shape[1],
+        tiles=tiles,
+        precision=launch.precision_of(q.dtype, config),
+    )
+    order = launch.longest_first(start, stop, block, batch=batch, heads=heads, group=1)
+    o, lse = launch.launch(
+        kernel,
+        (order, start, stop, q, k, v),
+        (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)),
+        block=block,
+        programs=batch * heads * tiles,
+        name="interval_attention_forward",
+        interpret=interpret,
+    )
+    return o[:, :, :length, :head_dim], lse[:, :, :length]
