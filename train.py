@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Train a sparse-attention language model on text: config -> data -> model -> step -> loop -> evaluation -> sample."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -97,13 +98,10 @@ def train(config: TrainConfig, stop: StopRequest, console: Console) -> None:
     )
     folder.config.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n", "utf-8")
     introduce(run, state)
-    try:
+    with contextlib.closing(run.metrics), run.checkpoints:
         state, tokens_per_second = loop(run, state)
         run.checkpoints.wait()
         conclude(run, state, tokens_per_second)
-    finally:
-        run.metrics.close()
-        run.checkpoints.close()
 
 
 def loop(run: Run, state: TrainState) -> tuple[TrainState, float]:
@@ -123,7 +121,7 @@ def loop(run: Run, state: TrainState) -> tuple[TrainState, float]:
                 report_or_stop(run, report, done, unread)
             done, unread = done + 1, measured
             stopping = run.stop.requested() or done == config.steps
-            evaluating = is_due(config.evaluation.every, done) and not stopping
+            evaluating = is_due(config.evaluation.every, done) and done < config.steps and not run.stop.signalled
             saving = is_due(config.checkpoint.every, done) or stopping
             if not (saving or evaluating):
                 continue
@@ -131,16 +129,17 @@ def loop(run: Run, state: TrainState) -> tuple[TrainState, float]:
             report_or_stop(run, report, done, unread)
             unread = None
             throughput.pause()
-            if saving:
-                run.checkpoints.save(state, done)
-            if stopping:
-                break
+            # Evaluated before it is saved: going on from a checkpoint, its evaluation is not missing.
             if evaluating:
                 quality = evaluate(run.evaluation_step, state.params, held_out)
                 run.metrics.write("evaluation", done, **quality._asdict())
                 progress.say(
                     f"step {done}: held-out loss {quality.loss:.3f}, {quality.bits_per_byte:.3f} bits per byte"
                 )
+            if saving:
+                run.checkpoints.save(state, done)
+            if stopping:
+                break
             throughput.resume()
     return state, throughput.tokens_per_second
 
@@ -190,20 +189,23 @@ def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
     done = int(state.step)
     say = lambda text: run.console.print(text, markup=False, highlight=False, soft_wrap=True)
     baseline: Evaluation | None = None
+    reason = "done" if done >= run.config.steps and not run.stop.signalled else run.stop.reason
+    if reason != "done":
+        by = reason if run.stop.signalled else f"the {reason}"
+        say(f"stopped by {by} after step {done} of {run.config.steps}; go on with --resume {run.folder.root}")
     if run.stop.signalled:
-        run.metrics.write("end", done, reason=run.stop.reason)
-        say(f"stopped by {run.stop.reason} after step {done}; go on with --resume {run.folder.root}")
+        run.metrics.write("end", done, reason=reason)
     else:
         held_out = run.held_out(run.config.evaluation.final_windows)
         quality = evaluate(run.evaluation_step, state.params, held_out)
         baseline = unigram(run.corpus.train, run.tokenizer.vocab_size, held_out)
-        run.metrics.write("evaluation", done, **quality._asdict(), unigram=baseline._asdict())
+        run.metrics.write("final", done, **quality._asdict(), unigram=baseline._asdict())
         text = continue_held_out(run.config, run.structure, state.params, run.corpus.held_out, run.tokenizer)
         if text is not None:
             run.folder.sample.write_text(text.prompt + text.continuation, "utf-8")
             say(f"\n--- held-out text ---\n{text.prompt}\n--- its sampled continuation ---\n{text.continuation}\n---")
             run.metrics.write("sample", done, **text._asdict())
-        run.metrics.write("end", done, reason=run.stop.reason or "done", tokens_per_second=tokens_per_second)
+        run.metrics.write("end", done, reason=reason, tokens_per_second=tokens_per_second)
         say(f"\ntraining loss {recent_mean(run.folder.metrics, 'loss'):.3f} nats a token (mean of the last records)")
         for name, result in (("held-out", quality), ("unigram ", baseline)):
             say(

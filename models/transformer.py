@@ -139,7 +139,7 @@ class Block(nnx.Module):
         update, plan = self.attention(normed, key=key, segment_ids=segment_ids, return_plan=True)
         x = x + update
         x = x + self.mlp(_normed(self.mlp_norm, x))
-        return x, (plan.density(), jnp.sum(plan.overflow))
+        return x, (plan.density(), jnp.sum(plan.query_overflow) + jnp.sum(plan.key_overflow))
 
 
 class Transformer(nnx.Module):

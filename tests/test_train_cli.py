@@ -11,16 +11,22 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 
 import train
+from training import run_folder
+from training.checkpoint import Checkpoints
 from training.cli import parse
 from training.config import identity
-from training.errors import ConfigError
+from training.errors import CheckpointError, ConfigError
 from training.metrics import MetricsLog, read_metrics
 from training.presets import PRESETS
+from training.run_folder import choose_folder
+from training.step import TrainState
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = [
@@ -110,6 +116,24 @@ def test_presets_and_options():
         (["--rate", "1.0", "--attention", "qk"], "below 1"),
         (["--steps", "0"], "at least 1"),
         (["--length", "100"], "must fit"),
+        (["--model.window", "0"], "--model.window must be at least 1, got 0"),
+        (["--model.width", "0"], "--model.width must be at least 1"),
+        (["--model.key-heads", "0"], "--model.key-heads must be at least 1"),
+        (["--model.mlp-ratio", "0"], "--model.mlp-ratio must be at least 1"),
+        (["--model.shared-qk", "--model.key-heads", "2"], "--model.key-heads 2.*shared_qk"),
+        (["--model.key-heads", "3"], "--model.key-heads 3.*must divide"),
+        (["--model.width", "36"], "head_dim must be even, got 9"),
+        (
+            ["--attention", "dense", "--model.dense-backend", "xla", "--data.separate-documents"],
+            "--model.dense-backend xla cannot keep documents apart",
+        ),
+        (["--model.implementation", "mosaic"], "--model.implementation mosaic: "),
+        (["--lr", "0"], "--learning-rate must be above 0"),
+        (["--lr", "nan"], "--learning-rate must be above 0"),
+        (["--optimizer.clip-norm", "0"], "--optimizer.clip-norm must be above 0"),
+        (["--optimizer.beta2", "1"], r"--optimizer.beta2 must lie in \[0, 1\)"),
+        (["--data.max-megabytes", "-1"], "--data.max-megabytes must be above 0"),
+        (["--seed", "-1"], "--seed must not be negative"),
     ],
 )
 def test_contradictions(options, message):
@@ -137,7 +161,7 @@ def test_errors_are_one_line(text, tmp_path, capsys, options, message):
 def test_a_run_leaves_its_files(finished):
     assert [step for step, _ in losses(finished)] == [1, 2, 3, 4, 5, 6]
     records = read_metrics(finished / "metrics.jsonl")
-    assert [record["kind"] for record in records[6:]] == ["evaluation", "sample", "end"]
+    assert [record["kind"] for record in records[6:]] == ["final", "sample", "end"]
     first, evaluation = records[0], records[6]
     assert set(first) >= {"loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "visible", "overflow"}
     assert len(first["visible"]) == 1
@@ -153,6 +177,41 @@ def test_a_run_leaves_its_files(finished):
 def test_a_run_is_not_overwritten(text, finished, capsys):
     assert train.main(arguments(text, finished, "-n", "6")) == 2
     assert "already holds a run" in capsys.readouterr().err
+
+
+def test_each_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse([])
+    assert [choose_folder(config).root.name for _ in range(2)] == ["cpu-small-1", "cpu-small-2"]
+    # Others that looked at the same moment saw no folder.
+    monkeypatch.setattr(run_folder, "_numbered", lambda name: {})
+    assert choose_folder(config).root.name == "cpu-small-3"
+
+
+def test_a_run_without_a_checkpoint_is_not_overwritten(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match="already holds a run without a checkpoint"):
+        choose_folder(parse(["--out", str(tmp_path)]))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot make this folder"):
+        choose_folder(parse(["--out", str(tmp_path / "file")]))
+
+
+def test_failed_writes_end_in_one_error(tmp_path, monkeypatch):
+    def fail(*arguments, **keywords):
+        raise RuntimeError("disk on fire")
+
+    state = TrainState(jnp.zeros((), jnp.int32), nnx.State({}), ())
+    checkpoints = Checkpoints(tmp_path, 1, {})
+    close = checkpoints._manager.close
+    monkeypatch.setattr(checkpoints._manager, "save", fail)
+    monkeypatch.setattr(checkpoints._manager, "close", fail)
+    with pytest.raises(CheckpointError, match="step 1 cannot be written: disk on fire"), checkpoints:
+        checkpoints.save(state, 1)
+    close()
 
 
 def test_foreign_checkpoints_are_refused(text, finished, tmp_path, capsys):
@@ -251,6 +310,17 @@ def test_sigterm_saves_and_leaves_in_order(text, tmp_path):
     assert "go on with --resume" in shown
 
 
+def test_a_time_limit_says_how_to_go_on(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert train.main(arguments(text, out, "-n", "50", "--max-minutes", "0", "--evaluation.every", "1")) == 0
+    assert "stopped by the time limit after step 1 of 50; go on with --resume" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    kinds = [record["kind"] for record in read_metrics(out / "metrics.jsonl")]
+    assert kinds == ["train", "evaluation", "final", "end"]
+
+
 def test_metrics_resume_after_a_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, 0)
@@ -259,6 +329,10 @@ def test_metrics_resume_after_a_step(tmp_path):
     log.close()
     with path.open("a") as file:
         file.write('{"kind": "train", "st')
+    log = MetricsLog(path, 2)
+    for kind in ("final", "sample", "end"):
+        log.write(kind, 2)
+    log.close()
     log = MetricsLog(path, 2)
     log.write("train", 3, loss=1.0)
     log.close()

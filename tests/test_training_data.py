@@ -51,6 +51,20 @@ def test_split_by_folder():
     assert [document.name for document in held_out] == ["set/test/0", "set/test/1"]
 
 
+@pytest.mark.parametrize(
+    ("parts", "held_out", "way_out"),
+    [
+        (("train", "test"), "valid", "add --data.held-out test"),
+        (("train", "valid"), "test", "add --data.held-out valid"),
+        (("train", "dev"), "valid", "name train/ itself"),
+    ],
+)
+def test_held_out_folder_under_another_name_is_not_trained_on(parts, held_out, way_out):
+    named = [Document(f"{part}/{i}", b"x") for part in parts for i in range(3)]
+    with pytest.raises(DataError, match=f"has train/ but no {held_out}/; .*{way_out}"):
+        split_documents(named, held_out)
+
+
 def test_python_source_is_bounded_and_repeatable():
     first, second = python_documents(300_000), python_documents(300_000)
     assert first == second
@@ -105,10 +119,17 @@ def test_batches_are_a_function_of_seed_and_step():
 def test_an_epoch_takes_each_window_once():
     tokens = np.arange(16 * 20 + 1, dtype=np.uint16)
     batches = Batches(tokens, BatchConfig(length=16, size=1), seed=0)
-    windows = (len(tokens) - 1) // 16 - 1
+    windows = (len(tokens) - 16) // 16
     for epoch in range(2):
         starts = sorted(int(batches.at(step)[0, 0, 0]) for step in range(epoch * windows, (epoch + 1) * windows))
         np.testing.assert_array_equal(np.diff(starts), 16)
+
+
+@pytest.mark.parametrize("count", [17, 31, 48, 49, 63])
+def test_every_token_is_learned_from(count):
+    batches = Batches(np.arange(count, dtype=np.uint16), BatchConfig(length=16, size=1), seed=0)
+    targets = {int(token) for step in range(1000) for token in batches.at(step)[0, 0, 1:]}
+    assert targets == set(range(1, count))
 
 
 def test_shortest_stream_has_a_batch():

@@ -1,5 +1,7 @@
 """The step: exact loss, accumulation, learning, randomness from the step alone."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,8 +77,9 @@ def test_learns_a_repeated_text_and_continues_it():
         losses.append(float(metrics.loss))
     assert losses[0] > 2.5
     assert losses[-1] < 0.5
-    keys = {"pattern_key": jax.random.key(0), "key": jax.random.key(1)}
-    continued = sample(structure, state.params, text[:16], count=8, vocab_size=20, temperature=0.0, **keys)
+    settings: dict[str, Any] = {"count": 8, "vocab_size": 20, "temperature": 0.0, "end_token": None}
+    keys: dict[str, Any] = {"pattern_key": jax.random.key(0), "key": jax.random.key(1)}
+    continued = sample(structure, state.params, text[:16], **settings, **keys)
     np.testing.assert_array_equal(continued, text[16:24])
 
 
@@ -109,6 +112,17 @@ def test_separate_documents_do_not_see_each_other():
     assert first == pytest.approx(second, rel=1e-6)
     everything = make_evaluation_step(structure, 0, end_token=None)
     assert float(everything(state.params, tokens, weights)) != float(everything(state.params, changed, weights))
+
+
+def test_sampling_keeps_documents_apart():
+    structure, state, _ = start()
+    prompt = TOKENS[0, :12].clip(1)
+    prompt[6] = 0
+    changed = np.concatenate([np.full(6, 5, np.int32), prompt[6:]])
+    settings: dict[str, Any] = {"count": 12, "vocab_size": 20, "temperature": 1.0, "end_token": 0}
+    keys: dict[str, Any] = {"pattern_key": jax.random.key(0), "key": jax.random.key(1)}
+    first, second = (sample(structure, state.params, each, **settings, **keys) for each in (prompt, changed))
+    np.testing.assert_array_equal(first, second)
 
 
 def test_evaluation_counts_bytes_of_text():

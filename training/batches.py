@@ -35,10 +35,10 @@ class Batches(NamedTuple):
 
     def _start(self, index: int) -> int:
         length = self.shape.length
-        windows = max((len(self.tokens) - 1) // length - 1, 1)
+        windows = max((len(self.tokens) - length) // length, 1)
         epoch, place = divmod(index, windows)
         room = len(self.tokens) - 1 - windows * length
-        phase, order = _epoch(self.seed, epoch, windows, min(room, length - 1))
+        phase, order = _epoch(self.seed, epoch, windows, room)
         return phase + int(order[place]) * length
 
 

@@ -7,7 +7,8 @@ the settings and of the data; going on with others is refused.
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -50,8 +51,8 @@ class Checkpoints:
             self._manager.save(
                 step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record))
             )
-        except OSError as error:
-            raise CheckpointError(f"checkpoint of step {step} cannot be written: {error.strerror or error}") from error
+        except Exception as error:  # the storage library has no common base of its errors
+            raise CheckpointError(f"checkpoint of step {step} cannot be written: {_short(error)}") from error
         self._last = step
 
     @property
@@ -66,9 +67,18 @@ class Checkpoints:
         except Exception as error:  # whatever failed in the background
             raise CheckpointError(f"the last checkpoint could not be written: {_short(error)}") from error
 
-    def close(self) -> None:
-        """Ends the background writer, after its last write."""
-        self._manager.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Ends the background writer, after its last write; an error on the way out does not hide an earlier one."""
+        try:
+            self._manager.close()
+        except Exception as failed:
+            if error is None:
+                raise CheckpointError(f"the last checkpoint could not be written: {_short(failed)}") from failed
 
 
 def restore(checkpoint: Path, like: TrainState, identity: dict[str, Any]) -> TrainState:

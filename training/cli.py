@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 import tyro
 
-from training.config import TrainConfig, check
+from training.check import check
+from training.config import NEWEST, TrainConfig
 from training.errors import ConfigError
 from training.presets import PRESETS
 
 DEFAULT_PRESET = "cpu-small"
-_NEWEST = "newest"
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
@@ -55,10 +55,5 @@ def _with_resume_value(arguments: Sequence[str]) -> list[str]:
         result.append(argument)
         following = arguments[index + 1] if index + 1 < len(arguments) else "-"
         if argument == "--resume" and following.startswith("-"):
-            result.append(_NEWEST)
+            result.append(NEWEST)
     return result
-
-
-def resumes_newest(config: TrainConfig) -> bool:
-    """Whether `--resume` was given without a path."""
-    return config.resume == _NEWEST

@@ -6,16 +6,16 @@ decides the result of a run is told apart from what only watches it by `identity
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from training.errors import ConfigError
-
 Kind = Literal["dense", "local", "hash", "qk"]
 alias = tyro.conf.arg
+
+NEWEST = "newest"
+"""The value of `resume` where no path is given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,55 +191,3 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     for moved in ("data.folder", "data.source", "data.tokenizer", "data.max_megabytes"):
         del flat[moved]
     return json.loads(json.dumps(flat))
-
-
-def check(config: TrainConfig) -> None:
-    """Refuse settings that cannot work, before any work is done.
-
-    Raises:
-        ConfigError: naming the setting, its value and what is expected.
-    """
-    model, batch = config.model, config.batch
-    positive = {
-        "--steps": config.steps,
-        "--log-every": config.log_every,
-        "--model.layers": model.layers,
-        "--model.heads": model.heads,
-        "--batch.length": batch.length,
-        "--batch.size": batch.size,
-        "--batch.accumulation": batch.accumulation,
-        "--sample.prompt": config.sample.prompt,
-        "--checkpoint.keep": config.checkpoint.keep,
-    }
-    for name, value in positive.items():
-        if value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}")
-    not_negative = {
-        "--evaluation.every": config.evaluation.every,
-        "--evaluation.windows": config.evaluation.windows,
-        "--evaluation.final-windows": config.evaluation.final_windows,
-        "--checkpoint.every": config.checkpoint.every,
-        "--sample.tokens": config.sample.tokens,
-        "--sample.temperature": config.sample.temperature,
-        "--model.rate": model.rate,
-    }
-    for name, value in not_negative.items():
-        if value < 0 or not math.isfinite(value):
-            raise ConfigError(f"{name} must not be negative, got {value}")
-    if config.sample.tokens and config.sample.prompt + config.sample.tokens > batch.length:
-        raise ConfigError(
-            f"--sample.prompt {config.sample.prompt} and --sample.tokens {config.sample.tokens} must fit into"
-            f" --batch.length {batch.length}"
-        )
-    if model.width % model.heads:
-        raise ConfigError(f"--model.width {model.width} is not a multiple of --model.heads {model.heads}")
-    if len(model.attention) not in (1, model.layers):
-        raise ConfigError(
-            f"--model.attention takes one kind or one for each of the {model.layers} layers, got {len(model.attention)}"
-        )
-    if "local" in model.attention and model.window is None:
-        raise ConfigError("--model.attention local needs --model.window")
-    if "qk" in model.attention and model.rate >= 1:
-        raise ConfigError(f"--model.rate must be below 1, got {model.rate}")
-    if "hash" in model.attention and (model.buckets < 2 or model.buckets % 2):
-        raise ConfigError(f"--model.buckets must be even and at least 2, got {model.buckets}")

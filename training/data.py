@@ -86,11 +86,27 @@ def split_documents(documents: Sequence[Document], held_out: str) -> tuple[list[
     Args:
         documents: at least one.
         held_out: "valid" or "test": the directory that is held out, where the documents have such directories.
+
+    Raises:
+        DataError: there is a directory train but not the one to hold out.
     """
     folders = [set(PurePosixPath(document.name).parts[:-1]) for document in documents]
-    if any("train" in names for names in folders) and any(held_out in names for names in folders):
+    if any("train" in names for names in folders):
+        _require_held_out(set().union(*folders), held_out)
         pick = lambda part: [document for document, names in zip(documents, folders, strict=True) if part in names]
         return pick("train"), pick(held_out)
+    return _split_by_hash(documents)
+
+
+def _require_held_out(folders: set[str], held_out: str) -> None:
+    """Raises where documents meant to be held out, under another name, would be trained on."""
+    if held_out not in folders:
+        other = "test" if held_out == "valid" else "valid"
+        way_out = f"--data.held-out {other}" if other in folders else "it, or name train/ itself as --data"
+        raise DataError(f"the text has train/ but no {held_out}/; add {way_out}")
+
+
+def _split_by_hash(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
     if len(documents) == 1:
         name, text = documents[0]
         cut = _character_start(text, len(text) - len(text) * _HELD_OUT_PERCENT // 100)
@@ -112,7 +128,8 @@ def _character_start(text: bytes, index: int) -> int:
 
 def _documents(config: DataConfig) -> tuple[list[Document], list[Document]]:
     if config.source == "python":
-        return split_documents(python_documents(round(config.max_megabytes * 1e6)), config.held_out)
+        # A package's folder named train means nothing here.
+        return _split_by_hash(python_documents(round(config.max_megabytes * 1e6)))
     if config.source == "enwik8":
         text = read_bytes(_named_file(config, "enwik8", ("enwik8.xz", "enwik8.gz", "enwik8")))
         expected = _ENWIK8_PARTS["test"][1]

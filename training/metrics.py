@@ -6,18 +6,21 @@ import os
 from pathlib import Path
 from typing import Any
 
+# What a run writes once, when it ends: a run that goes on has not ended.
+_LAST = ("final", "sample", "end")
+
 
 class MetricsLog:
     """Appends records to a file.
 
     Args:
         path: the file.
-        step: going on after this step, records of later steps are dropped: they will be written again.
+        step: going on after this step, records of later steps and of the end are dropped: they will be written again.
     """
 
     def __init__(self, path: Path, step: int):
         path.parent.mkdir(parents=True, exist_ok=True)
-        records = [record for record in read_metrics(path) if record["step"] <= step and record["kind"] != "end"]
+        records = [record for record in read_metrics(path) if record["step"] <= step and record["kind"] not in _LAST]
         fresh = path.with_suffix(".tmp")
         fresh.write_text("".join(_line(record) for record in records), "utf-8")
         os.replace(fresh, path)

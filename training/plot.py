@@ -19,7 +19,7 @@ def plot_loss(metrics: Path, picture: Path, unigram: float | None) -> bool:
     """
     records = read_metrics(metrics)
     train = [(record["step"], record["loss"]) for record in records if record["kind"] == "train"]
-    held_out = [(record["step"], record["loss"]) for record in records if record["kind"] == "evaluation"]
+    held_out = [(record["step"], record["loss"]) for record in records if record["kind"] in ("evaluation", "final")]
     if not train or importlib.util.find_spec("matplotlib") is None:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -46,7 +46,11 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         "hash-sparse byte model on Python source, about five minutes on two CPU cores",
         _CPU_SMALL,
     ),
-    "paper-8k": ("the paper's 122 M parameters (vocabulary 50304) at 8192 tokens, 64 sequences a step", _PAPER_8K),
+    "paper-8k": (
+        "the paper's model at 8192 tokens, 64 sequences a step: 123 M parameters with a 50304-token tokenizer"
+        " (--tokenizer), 84 M on bytes",
+        _PAPER_8K,
+    ),
     "paper-16k": (
         "the same at 16384 tokens, 30 sequences a step",
         dataclasses.replace(_PAPER_8K, name="paper-16k", batch=BatchConfig(length=16_384, size=2, accumulation=15)),

@@ -6,8 +6,7 @@ DIR/config.json   DIR/metrics.jsonl   DIR/checkpoints/STEP/   DIR/loss.png   DIR
 from pathlib import Path
 from typing import NamedTuple
 
-from training.cli import resumes_newest
-from training.config import TrainConfig
+from training.config import NEWEST, TrainConfig
 from training.errors import CheckpointError, ConfigError
 
 _RUNS = Path("runs")
@@ -51,18 +50,16 @@ class RunFolder(NamedTuple):
 
 
 def choose_folder(config: TrainConfig) -> RunFolder:
-    """The folder that the settings ask for.
+    """The folder that the settings ask for, made if there is none: a number is taken by one run alone.
 
     Raises:
         CheckpointError: `--resume` finds no checkpoint, or an older one than the run's newest without a new --out.
-        ConfigError: `--out` already holds a run and `--resume` is not given.
+        ConfigError: `--out` already holds a run and `--resume` is not given, or a folder cannot be made.
     """
     if config.resume is None:
-        root = _next_folder(config.name) if config.out is None else config.out
-        if steps_in(root):
-            raise ConfigError(f"{root} already holds a run; add --resume to go on with it, or take another --out")
+        root = _claim_next(config.name) if config.out is None else _claim(config.out)
         return RunFolder(root, None)
-    if resumes_newest(config):
+    if config.resume == NEWEST:
         root = _newest_folder(config.name) if config.out is None else config.out
         return RunFolder(root, _newest_checkpoint(root))
     path = Path(config.resume)
@@ -74,9 +71,7 @@ def choose_folder(config: TrainConfig) -> RunFolder:
         root = path.parent if path.name == "checkpoints" else path
         checkpoint = _newest_checkpoint(root)
     if config.out is not None and config.out.resolve() != root.resolve():
-        if steps_in(config.out):
-            raise ConfigError(f"{config.out} already holds a run; take another --out")
-        return RunFolder(config.out, checkpoint)
+        return RunFolder(_claim(config.out), checkpoint)
     newest = _newest_checkpoint(root)
     if newest.name != checkpoint.name:
         raise CheckpointError(f"{root} has gone on to step {newest.name}; name a new folder with --out to branch off")
@@ -102,8 +97,31 @@ def _numbered(name: str) -> dict[int, Path]:
     return {int(path.name.removeprefix(prefix)): path for path in found if path.name.removeprefix(prefix).isdigit()}
 
 
-def _next_folder(name: str) -> Path:
-    return _RUNS / f"{name}-{max(_numbered(name), default=0) + 1}"
+def _claim(root: Path) -> Path:
+    if steps_in(root):
+        raise ConfigError(f"{root} already holds a run; add --resume to go on with it, or take another --out")
+    if (root / "metrics.jsonl").exists():
+        raise ConfigError(f"{root} already holds a run without a checkpoint; delete it, or take another --out")
+    return _make(root, exist_ok=True)
+
+
+def _claim_next(name: str) -> Path:
+    number = max(_numbered(name), default=0) + 1
+    while True:
+        try:
+            return _make(_RUNS / f"{name}-{number}", exist_ok=False)
+        except FileExistsError:  # another run was faster
+            number += 1
+
+
+def _make(root: Path, *, exist_ok: bool) -> Path:
+    try:
+        root.mkdir(parents=True, exist_ok=exist_ok)
+    except OSError as error:
+        if isinstance(error, FileExistsError) and not exist_ok:
+            raise
+        raise ConfigError(f"{root}: cannot make this folder: {error.strerror or error}") from error
+    return root
 
 
 def _newest_folder(name: str) -> Path:

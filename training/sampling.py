@@ -15,7 +15,7 @@ from jaxtyping import PRNGKeyArray
 
 from training.config import TrainConfig
 from training.data import Stream
-from training.step import evaluation_key
+from training.step import document_ids, evaluation_key
 from training.tokens import Tokenizer
 
 
@@ -47,6 +47,7 @@ def continue_held_out(
         count=settings.tokens,
         vocab_size=tokenizer.vocab_size,
         temperature=settings.temperature,
+        end_token=tokenizer.end if config.data.separate_documents else None,
         pattern_key=evaluation_key(config.seed),
         key=jax.random.key(config.seed),
     )
@@ -61,6 +62,7 @@ def sample(
     count: int,
     vocab_size: int,
     temperature: float,
+    end_token: int | None,
     pattern_key: PRNGKeyArray,
     key: PRNGKeyArray,
 ) -> np.ndarray:
@@ -73,6 +75,7 @@ def sample(
         count: tokens to sample.
         vocab_size: tokens that may be chosen, below the padded vocabulary.
         temperature: 0 takes the likeliest token.
+        end_token: token after which a new document begins, where tokens see only their own; else None.
         pattern_key: of hashes and drops.
         key: of the choices.
 
@@ -80,16 +83,17 @@ def sample(
         int32 [count].
     """
     buffer = jnp.zeros((1, len(prompt) + count), jnp.int32).at[0, : len(prompt)].set(jnp.asarray(prompt, jnp.int32))
-    filled = _fill(structure, params, buffer, len(prompt), vocab_size, temperature, pattern_key, key)
+    filled = _fill(structure, params, buffer, len(prompt), vocab_size, temperature, end_token, pattern_key, key)
     return np.asarray(filled)[0, len(prompt) :]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5), donate_argnums=2)
-def _fill(structure, params, buffer, start, vocab_size, temperature, pattern_key, key):
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5, 6), donate_argnums=2)
+def _fill(structure, params, buffer, start, vocab_size, temperature, end_token, pattern_key, key):
     model = nnx.merge(structure, params)
 
     def add_token(place, buffer):
-        hidden, _ = model.hidden(buffer, key=pattern_key)
+        documents = None if end_token is None else document_ids(buffer, end_token)
+        hidden, _ = model.hidden(buffer, key=pattern_key, segment_ids=documents)
         last = jax.lax.dynamic_index_in_dim(hidden, place - 1, axis=1, keepdims=False)
         logits = model.logits(last)[:, :vocab_size]
         if temperature > 0:

@@ -1,0 +1,108 @@
+"""Refusing settings that cannot work, before any work is done."""
+
+import math
+
+from sparse_flash_jax.flax.heads import check_heads
+from sparse_flash_jax.kernels.interval import check_implementation
+from training.config import ModelConfig, TrainConfig
+from training.errors import ConfigError
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse settings that cannot work.
+
+    Raises:
+        ConfigError: naming the setting, its value and what is expected.
+    """
+    _check_numbers(config)
+    sample, length = config.sample, config.batch.length
+    if sample.tokens and sample.prompt + sample.tokens > length:
+        raise ConfigError(
+            f"--sample.prompt {sample.prompt} and --sample.tokens {sample.tokens} must fit into --batch.length {length}"
+        )
+    _check_heads(config.model)
+    _check_attention(config.model, config.data.separate_documents)
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    model, batch, optimizer = config.model, config.batch, config.optimizer
+    at_least_one = {
+        "--steps": config.steps,
+        "--log-every": config.log_every,
+        "--model.layers": model.layers,
+        "--model.width": model.width,
+        "--model.heads": model.heads,
+        "--model.key-heads": model.key_heads,
+        "--model.mlp-ratio": model.mlp_ratio,
+        "--model.window": model.window,
+        "--batch.length": batch.length,
+        "--batch.size": batch.size,
+        "--batch.accumulation": batch.accumulation,
+        "--sample.prompt": config.sample.prompt,
+        "--checkpoint.keep": config.checkpoint.keep,
+    }
+    above_zero = {
+        "--learning-rate": optimizer.learning_rate,
+        "--optimizer.clip-norm": optimizer.clip_norm,
+        "--data.max-megabytes": config.data.max_megabytes,
+    }
+    not_negative = {
+        "--seed": config.seed,
+        "--max-minutes": config.max_minutes,
+        "--evaluation.every": config.evaluation.every,
+        "--evaluation.windows": config.evaluation.windows,
+        "--evaluation.final-windows": config.evaluation.final_windows,
+        "--checkpoint.every": config.checkpoint.every,
+        "--sample.tokens": config.sample.tokens,
+        "--sample.temperature": config.sample.temperature,
+        "--model.rate": model.rate,
+        "--optimizer.weight-decay": optimizer.weight_decay,
+        "--optimizer.final": optimizer.final,
+    }
+    below_one = {"--optimizer.beta1": optimizer.beta1, "--optimizer.beta2": optimizer.beta2}
+    rules = (
+        (at_least_one, lambda value: value >= 1, "be at least 1"),
+        (above_zero, lambda value: 0 < value < math.inf, "be above 0"),
+        (not_negative, lambda value: 0 <= value < math.inf, "not be negative"),
+        (below_one, lambda value: 0 <= value < 1, "lie in [0, 1)"),
+        ({"--optimizer.warmup": optimizer.warmup}, lambda value: 0 <= value <= 1, "lie in [0, 1]"),
+    )
+    for values, holds, expected in rules:
+        for name, value in values.items():
+            if value is not None and not holds(value):
+                raise ConfigError(f"{name} must {expected}, got {value}")
+
+
+def _check_heads(model: ModelConfig) -> None:
+    if model.width % model.heads:
+        raise ConfigError(f"--model.width {model.width} is not a multiple of --model.heads {model.heads}")
+    key_heads = model.heads if model.key_heads is None else model.key_heads
+    rope = model.positions == "rope"
+    try:
+        check_heads(model.heads, key_heads, model.width // model.heads, model.shared_qk, rope)
+    except ValueError as error:
+        raise ConfigError(
+            f"--model.heads {model.heads}, --model.key-heads {key_heads}, --model.width {model.width}: {error}"
+        ) from error
+
+
+def _check_attention(model: ModelConfig, separate_documents: bool) -> None:
+    if len(model.attention) not in (1, model.layers):
+        raise ConfigError(
+            f"--model.attention takes one kind or one for each of the {model.layers} layers, got {len(model.attention)}"
+        )
+    if "local" in model.attention and model.window is None:
+        raise ConfigError("--model.attention local needs --model.window")
+    if "qk" in model.attention and model.rate >= 1:
+        raise ConfigError(f"--model.rate must be below 1, got {model.rate}")
+    if "hash" in model.attention and (model.buckets < 2 or model.buckets % 2):
+        raise ConfigError(f"--model.buckets must be even and at least 2, got {model.buckets}")
+    if "dense" in model.attention and model.dense_backend != "sparse_flash" and separate_documents:
+        raise ConfigError(
+            f"--model.dense-backend {model.dense_backend} cannot keep documents apart; leave it out, or leave out"
+            " --data.separate-documents"
+        )
+    try:
+        check_implementation(model.implementation)
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"--model.implementation {model.implementation}: {error}") from error
