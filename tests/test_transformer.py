@@ -53,7 +53,8 @@ def test_changing_a_later_token_changes_no_earlier_logit():
     model = make()
     changed = TOKENS.at[:, 15].set(7)
     first, second = (logits(model, tokens, KEY) for tokens in (TOKENS, changed))
-    np.testing.assert_array_equal(first[:, :15], second[:, :15])
+    # Another bucket for the later token moves earlier ones to other slots, and their sums to other tiles.
+    np.testing.assert_allclose(first[:, :15], second[:, :15], rtol=0, atol=1e-6)
     assert bool(jnp.any(first[:, 15:] != second[:, 15:]))
 
 
