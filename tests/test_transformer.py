@@ -134,9 +134,9 @@ def test_wrong_sizes():
         make()(jnp.zeros((1, 33), jnp.int32), key=KEY)
 
 
-def test_readme_code_runs():
-    root = pathlib.Path(__file__).parents[1]
-    blocks = re.findall(r"```python\n(.*?)```", (root / "models" / "README.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("readme", ["README.md", "models/README.md"])
+def test_readme_code_runs(readme):
+    blocks = re.findall(r"```python\n(.*?)```", (pathlib.Path(__file__).parents[1] / readme).read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
-        exec(compile(block, "models/README.md", "exec"), {"__name__": "readme"})
+        exec(compile(block, readme, "exec"), {"__name__": "readme"})
