@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32
 
+LOWEST = -1e30
+"""Score of a hidden pair: finite, so that a row of hidden pairs has no NaN in it; visible scores must lie above it."""
+
 
 class Runs(NamedTuple):
     """The visible pairs of slots, said twice: by query and by key.

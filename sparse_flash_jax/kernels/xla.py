@@ -16,10 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from sparse_flash_jax.kernels.config import Config
-from sparse_flash_jax.kernels.tiles import Runs, sweep, tile_range
-
-LOWEST = -1e30
-"""Score of a hidden pair: finite, so that a row of hidden pairs has no NaN in it; visible scores must lie above it."""
+from sparse_flash_jax.kernels.tiles import LOWEST, Runs, sweep, tile_range
 
 
 def forward(

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32
 
 from sparse_flash_jax.kernels.config import Config
-from sparse_flash_jax.kernels.tiles import Runs, sweep
+from sparse_flash_jax.kernels.tiles import LOWEST, Runs, sweep
 from sparse_flash_jax.kernels.triton import launch
 
 
@@ -34,7 +34,7 @@ def _kernel(order, k_start, k_stop, q, k, v, o, lse, *, scale, block, heads, gro
         k_tile, v_tile = k[b, head, columns, :], v[b, head, columns, :]  # [columns, H]
         s = launch.dot(q_tile, k_tile, contract=(1, 1), precision=precision) * (scale * launch.LOG2E)
         seen = launch.visible(start, stop, j, block.columns) if masked else None
-        s = s if seen is None else jnp.where(seen, s, launch.LOWEST)
+        s = s if seen is None else jnp.where(seen, s, LOWEST)
         new_top = jnp.maximum(top, jnp.max(s, axis=1))
         p = jnp.exp2(s - new_top[:, None])
         p = p if seen is None else jnp.where(seen, p, 0.0)
@@ -43,7 +43,7 @@ def _kernel(order, k_start, k_stop, q, k, v, o, lse, *, scale, block, heads, gro
         return new_top, total * keep + jnp.sum(p, axis=1), acc
 
     zeros = jnp.zeros((block.rows,), jnp.float32)
-    carry = (zeros + launch.LOWEST, zeros, jnp.zeros(q_tile.shape, jnp.float32))
+    carry = (zeros + LOWEST, zeros, jnp.zeros(q_tile.shape, jnp.float32))
     tile_range = launch.range_of(k_start, k_stop, row, first, block.rows, block.columns)
     top, total, acc = sweep(step, tile_range, carry)
     some = total > 0

@@ -16,9 +16,6 @@ from sparse_flash_jax.kernels.tiles import TileRange, tile_range
 LOG2E = 1.4426950408889634
 """exp2 is one instruction on the GPU, exp two: scores are scaled by log2(e)."""
 
-LOWEST = -1e30
-"""Score of a hidden pair: finite, so that a row of hidden pairs has no NaN in it."""
-
 
 def pad(x: Array, block: Blocks, *, by: str) -> Array:
     """Returns x [B A L ...] padded so that its length is a multiple of a block's rows or columns.
