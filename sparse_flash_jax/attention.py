@@ -6,7 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray
 
 from sparse_flash_jax.hashing import lsh_buckets
-from sparse_flash_jax.kernels.interval import check_implementation, interval_attention
+from sparse_flash_jax.kernels.config import Config
+from sparse_flash_jax.kernels.implementations import check_implementation
+from sparse_flash_jax.kernels.interval import interval_attention
 from sparse_flash_jax.patterns import hash_sparse, qk_sparse
 from sparse_flash_jax.permute import gather, restore
 from sparse_flash_jax.plan import AttentionPlan
@@ -22,6 +24,7 @@ def sparse_attention(
     *,
     scale: float | None = ...,
     implementation: str | None = ...,
+    config: Config | None = ...,
     return_residual: Literal[False] = ...,
 ) -> Float[Array, "B T N H"]: ...
 @overload
@@ -33,9 +36,10 @@ def sparse_attention(
     *,
     scale: float | None = ...,
     implementation: str | None = ...,
+    config: Config | None = ...,
     return_residual: Literal[True],
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]: ...
-def sparse_attention(q, k, v, plan, *, scale=None, implementation=None, return_residual=False):
+def sparse_attention(q, k, v, plan, *, scale=None, implementation=None, config=None, return_residual=False):
     """Returns exact softmax attention over the pairs that the plan shows; what it hides costs no time.
 
         o[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j]      over the keys j that query i sees
@@ -49,7 +53,8 @@ def sparse_attention(q, k, v, plan, *, scale=None, implementation=None, return_r
         v: [B S K H] in q's dtype.
         plan: from `causal`, `packed`, `qk_sparse`, `hash_sparse` or `make_plan`, for these lengths and head counts.
         scale: static factor on the scores; None for 1 / sqrt(H).
-        implementation: "mosaic", "triton" or "xla"; None picks for the device and dtype. A named one never falls back.
+        implementation: "mosaic", "triton" or "xla"; None picks for the default device. A named one never falls back.
+        config: tile sizes of the kernels (`kernels/config.py`); None for those that suit the shapes and the device.
         return_residual: whether to also return the log-sum-exp of each query's scores.
 
     Returns:
@@ -65,13 +70,13 @@ def sparse_attention(q, k, v, plan, *, scale=None, implementation=None, return_r
     """
     check_attention_inputs(q, k, v)
     check_scale(scale)
-    check_implementation(implementation)
+    check_implementation(implementation, q.shape[-1], config)
     _check_plan(plan, q, k)
 
     q = gather(q, plan.query_order, plan.query_slot)
     k = gather(k, plan.key_order, plan.key_slot)
     v = gather(v, plan.key_order, plan.key_slot)
-    o, lse = interval_attention(q, k, v, plan.runs, scale=scale, implementation=implementation)
+    o, lse = interval_attention(q, k, v, plan.runs, scale=scale, implementation=implementation, config=config)
     out = restore(o, plan.query_order, plan.query_slot)
     return (out, _restore_lse(lse, plan)) if return_residual else out
 

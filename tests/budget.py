@@ -39,11 +39,12 @@ def dense(inputs: Inputs, mask: Array, scale: float | None = None) -> Results:
     def attention(q, k, v):
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
         factor = q.shape[-1] ** -0.5 if scale is None else scale
-        s = jnp.einsum("btnh,bsnh->bnts", q, k).astype(jnp.float32) * factor
+        # GPUs round the operands of float32 products unless told not to; of short dtypes this asks nothing.
+        s = jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest").astype(jnp.float32) * factor
         some = mask.any(axis=-1, keepdims=True)
         lse = jax.nn.logsumexp(jnp.where(some, s, 0.0), axis=-1, where=mask | ~some, keepdims=True)
         p = jnp.where(mask, jnp.exp(jnp.where(mask, s - lse, 0.0)), 0.0)
-        o = jnp.einsum("bnts,bsnh->btnh", p.astype(q.dtype), v)
+        o = jnp.einsum("bnts,bsnh->btnh", p.astype(q.dtype), v, precision="highest")
         return o, jnp.where(some, lse, -jnp.inf)[..., 0].swapaxes(1, 2)
 
     return with_gradients(attention, inputs)

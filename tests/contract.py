@@ -48,7 +48,7 @@ RUNS = {
     "empty": empty(),
 }
 CONFIGS = {
-    "8x8": Config(Blocks(8, 8), Blocks(8, 8), Blocks(8, 8)),
+    "small": Config(Blocks(8, 8), Blocks(8, 8), Blocks(8, 8)),
     "each_pass_its_own": Config(Blocks(16, 8), Blocks(8, 32), Blocks(32, 16)),
     "past_the_end": Config(Blocks(128, 128), Blocks(64, 128), Blocks(128, 32)),
 }
@@ -71,7 +71,7 @@ def judges(inputs, runs):
 
 
 class IntervalContract:
-    """Subclasses name the implementation, and the dtypes and tiles that it can do."""
+    """Subclasses name the implementation, and the dtypes and tiles that it can do; of `CONFIGS`' names."""
 
     implementation: str
     configs = CONFIGS
@@ -113,14 +113,14 @@ class IntervalContract:
     @pytest.mark.parametrize("heads", [1, 2])
     def test_heads_may_share_runs(self, heads):
         drawn, runs = inputs("float32"), random_runs(np.random.default_rng(2), 30, heads)
-        assert_within_budget(self.run(drawn, runs, "8x8"), *judges(drawn, runs))
+        assert_within_budget(self.run(drawn, runs, "small"), *judges(drawn, runs))
 
     def test_batch_may_share_runs(self):
         drawn, runs = inputs("float32"), Runs(*(x[:1] for x in RUNS["narrow"]))
-        assert_within_budget(self.run(drawn, runs, "8x8"), *judges(drawn, runs))
+        assert_within_budget(self.run(drawn, runs, "small"), *judges(drawn, runs))
 
     def test_empty_runs_give_exact_zeros(self):
-        got = self.run(inputs("float32"), RUNS["empty"], "8x8")
+        got = self.run(inputs("float32"), RUNS["empty"], "small")
         assert np.isneginf(got.lse).all()
         for name in ("o", "dq", "dk", "dv"):
             assert not np.asarray(getattr(got, name)).any(), name

@@ -1,38 +1,16 @@
-"""The gradient rule of interval attention and the choice of an implementation."""
+"""The gradient rule of interval attention."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_flash_jax.kernels.interval import IMPLEMENTATIONS, RESIDUAL_NAMES, interval_attention
+from sparse_flash_jax.kernels.interval import RESIDUAL_NAMES, interval_attention
 from tests.contract import RUNS, inputs
 
 
 def heads_first():
     return [jnp.swapaxes(x, 1, 2) for x in inputs("float32")]
-
-
-def test_none_picks_what_runs_here():
-    q, k, v, *_ = heads_first()
-    np.testing.assert_array_equal(
-        interval_attention(q, k, v, RUNS["narrow"])[0],
-        interval_attention(q, k, v, RUNS["narrow"], implementation="xla")[0],
-    )
-
-
-@pytest.mark.parametrize("implementation", ["mosaic", "triton"])
-def test_what_cannot_run_never_falls_back(implementation):
-    assert implementation in IMPLEMENTATIONS
-    q, k, v, *_ = heads_first()
-    with pytest.raises(NotImplementedError, match=f"{implementation}.*xla"):
-        interval_attention(q, k, v, RUNS["narrow"], implementation=implementation)
-
-
-def test_unknown_implementation():
-    q, k, v, *_ = heads_first()
-    with pytest.raises(ValueError, match=r"one of .*mosaic.*triton.*xla.*got .cudnn"):
-        interval_attention(q, k, v, RUNS["narrow"], implementation="cudnn")
 
 
 @pytest.mark.parametrize("through", ["o", "lse"])

@@ -10,7 +10,7 @@ import sparse_flash_jax as sfj
 from tests.jaxprs import calls, primitives
 
 BATCH, LENGTH, HEADS, KEY_HEADS, HEAD_DIM = 8, 24, 4, 2, 8
-DEVICES = 8
+DEVICES = jax.device_count()  # 8 on a CPU
 
 
 @pytest.fixture(scope="module")
@@ -117,14 +117,15 @@ def test_scan_over_layers(arrays, policy):
     np.testing.assert_allclose(dx, expected_dx, atol=1e-5)
 
 
-@pytest.mark.skipif(jax.device_count() < DEVICES, reason=f"needs {DEVICES} devices")
+@pytest.mark.skipif(BATCH % DEVICES != 0, reason=f"needs a number of devices that divides {BATCH}")
 class TestDevices:
     def test_pmap(self, arrays, expected):
-        split = [x[:, None] for x in arrays]
+        split = [x.reshape(DEVICES, -1, *x.shape[1:]) for x in arrays]
         assert_same(jax.pmap(hashed)(*split), expected)
 
     def mesh(self):
-        return jax.make_mesh((4, 2), ("data", "heads"), axis_types=(AxisType.Auto,) * 2)
+        over_heads = 2 if DEVICES % 2 == 0 else 1
+        return jax.make_mesh((DEVICES // over_heads, over_heads), ("data", "heads"), axis_types=(AxisType.Auto,) * 2)
 
     def test_shard_map_over_batch_and_heads(self, arrays, expected):
         spec = PartitionSpec("data", None, "heads")

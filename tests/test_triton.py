@@ -1,6 +1,8 @@
-"""The Triton kernels: in Pallas' interpreter against the XLA loops, and lowered for CUDA. Neither needs a GPU."""
+"""The Triton kernels, without a GPU: in Pallas' interpreter, and lowered for CUDA."""
 
+import dataclasses
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -9,61 +11,111 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import sparse_flash_jax as sfj
-from sparse_flash_jax.kernels import triton, xla
-from sparse_flash_jax.kernels.config import Blocks, Config, triton_config
+from sparse_flash_jax.kernels import triton
+from sparse_flash_jax.kernels.config import Blocks, Config, shared_memory, tile_bytes, triton_config
+from sparse_flash_jax.kernels.interval import interval_attention
 from sparse_flash_jax.kernels.triton import launch
-from tests.contract import RUNS, inputs
+from tests import definition
+from tests.budget import assert_within_budget, with_gradients
+from tests.cases import CASES
+from tests.contract import RUNS, IntervalContract, inputs
+from tests.test_attention import judges
 
-GPUS = {"NVIDIA A100-SXM4-40GB": 108, "NVIDIA GeForce RTX 4090": 128, "NVIDIA H100 80GB HBM3": 132}
-CONFIG = Config(Blocks(32, 16), Blocks(16, 32), Blocks(16, 32))
+# Device kind: multiprocessors, compute capability.
+GPUS = {
+    "NVIDIA A100-SXM4-40GB": (108, 8.0),
+    "NVIDIA GeForce RTX 4090": (128, 8.9),
+    "NVIDIA H100 80GB HBM3": (132, 9.0),
+}
+CONFIGS = {
+    "small": Config(Blocks(16, 16), Blocks(16, 16), Blocks(16, 16)),
+    "each_pass_its_own": Config(Blocks(32, 16), Blocks(16, 32), Blocks(64, 16)),
+    "past_the_end": Config(Blocks(128, 128), Blocks(64, 128), Blocks(128, 32)),
+}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def passes(kernels, drawn, runs):
-    q, k, v, do = (jnp.swapaxes(x, 1, 2) for x in drawn[:4])
-    interpret = {} if kernels is xla else {"interpret": True}
-    options = {"scale": 0.3, "config": CONFIG} | interpret
-    o, lse = kernels.forward(q, k, v, runs, **options)
-    delta = jnp.sum(o * do, axis=-1) - jnp.swapaxes(drawn.dlse, 1, 2)
-    dq = kernels.backward_dq(q, k, v, runs, lse, do, delta, **options)
-    return o, lse, dq, *kernels.backward_dkv(q, k, v, runs, lse, do, delta, **options)
+class TestInterpreted(IntervalContract):
+    implementation = "triton"
+    configs = {name: dataclasses.replace(config, interpret=True) for name, config in CONFIGS.items()}  # noqa: RUF012
 
 
-def test_interpreted_kernels_agree_with_the_loops():
-    drawn = inputs("float32")
-    for name, runs in RUNS.items():
-        for x, y in zip(passes(triton, drawn, runs), passes(xla, drawn, runs), strict=True):
-            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5, err_msg=name)
+@pytest.mark.gpu
+class TestCompiled(IntervalContract):
+    implementation = "triton"
+    configs = CONFIGS
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def interpreted(inputs, plan, config):
+    def attention(q, k, v):
+        return sfj.sparse_attention(q, k, v, plan, implementation="triton", config=config, return_residual=True)
+
+    return with_gradients(attention, inputs)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_interpreted_cases_within_budget(case):
+    inputs, plan = case.inputs(), definition.plan(case)
+    config = triton_config(case.dtype, case.shape.H, long_runs=False, capability=9.0)
+    got = interpreted(inputs, plan, dataclasses.replace(config, interpret=True))
+    assert_within_budget(got, *judges(inputs, plan))
+
+
+def on(device_kind):
+    """A context in which Pallas lowers for a GPU that is not there."""
+    device = AbstractDevice(device_kind=device_kind, num_cores=GPUS[device_kind][0], platform="gpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+
+
+def lowered(function, *operands):
+    return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("device_kind", GPUS)
-@pytest.mark.parametrize(
-    ("dtype", "head_dim"), [("bfloat16", 64), ("float16", 128), ("float32", 48), ("bfloat16", 256)]
-)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("head_dim", [48, 128, 256])
 def test_kernels_lower_for_cuda(device_kind, dtype, head_dim):
     q, k = (jax.ShapeDtypeStruct((1, heads, 300, head_dim), dtype) for heads in (4, 2))
     row = jax.ShapeDtypeStruct((1, 4, 300), "float32")
     runs = jax.eval_shape(lambda: sfj.causal(300)).runs
-    device = AbstractDevice(device_kind=device_kind, num_cores=GPUS[device_kind], platform="gpu")
-    config = triton_config(dtype, head_dim, long_runs=True)
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        for kernel, operands in (
-            (triton.forward, (q, k, k, runs)),
-            (triton.backward_dq, (q, k, k, runs, row, q, row)),
-            (triton.backward_dkv, (q, k, k, runs, row, q, row)),
-        ):
-            traced = jax.jit(functools.partial(kernel, scale=0.1, config=config)).trace(*operands)
-            assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    with on(device_kind):
+        for long_runs in (False, True):
+            config = triton_config(dtype, head_dim, long_runs=long_runs, capability=GPUS[device_kind][1])
+            for kernel, operands in (
+                (triton.forward, (q, k, k, runs)),
+                (triton.backward_dq, (q, k, k, runs, row, q, row)),
+                (triton.backward_dkv, (q, k, k, runs, row, q, row)),
+            ):
+                assert "__gpu$xla.gpu.triton" in lowered(functools.partial(kernel, scale=0.1, config=config), *operands)
 
 
-@pytest.mark.parametrize(("dtype", "itemsize"), [("bfloat16", 2), ("float32", 4)])
+def test_deprecation_of_the_backend_is_not_the_users_to_hear():
+    q = jax.ShapeDtypeStruct((1, 1, 32, 16), "float32")
+    runs = jax.eval_shape(lambda: sfj.causal(32)).runs
+    with on("NVIDIA H100 80GB HBM3"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lowered(functools.partial(triton.forward, scale=0.1, config=CONFIGS["small"]), q, q, q, runs)
+    assert not caught
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
-def test_streamed_tiles_fit_the_smallest_shared_memory(dtype, itemsize, head_dim):
-    limit = 99 * 1024  # of compute capability 8.6 and 8.9, the least from 8.0 on
-    for long_runs in (False, True):
-        config = triton_config(dtype, head_dim, long_runs=long_runs)
-        for block in (config.forward, config.dq, config.dkv):
-            assert 2 * block.num_stages * block.columns * head_dim * itemsize <= limit
+@pytest.mark.parametrize("long_runs", [False, True])
+def test_default_tiles_fit_the_shared_memory(dtype, head_dim, long_runs):
+    row_bytes = jnp.dtype(dtype).itemsize * head_dim
+    for capability in (8.0, 8.6, 8.9, 9.0, 12.0):
+        config = triton_config(dtype, head_dim, long_runs=long_runs, capability=capability)
+        for block, row_operands in ((config.forward, 1), (config.dq, 2), (config.dkv, 2)):
+            assert tile_bytes(block, row_operands, row_bytes) <= shared_memory(capability)
+    assert shared_memory(8.9) == shared_memory(12.0) == 101_376
+
+
+@pytest.mark.parametrize("block", [Blocks(8, 16), Blocks(48, 16), Blocks(16, 8), Blocks(16, 24)])
+def test_tiles_that_the_backend_cannot_do(block):
+    q, k, v, *_ = (jnp.swapaxes(x, 1, 2) for x in inputs("float32"))
+    config = Config(block, block, block, interpret=True)
+    with pytest.raises(ValueError, match=r"powers of two from 16 on, got Blocks\(rows="):
+        interval_attention(q, k, v, RUNS["narrow"], implementation="triton", config=config)
 
 
 def test_long_tiles_start_first():

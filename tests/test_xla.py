@@ -18,7 +18,7 @@ def test_tiles_do_not_change_what_a_hidden_tile_adds():
     """One masked tile over everything and many small ones differ by rounding alone."""
     drawn, runs = inputs("float32"), RUNS["sections"]
     contract = TestXla()
-    small, large = (contract.run(drawn, runs, config) for config in ("8x8", "past_the_end"))
+    small, large = (contract.run(drawn, runs, config) for config in ("small", "past_the_end"))
     for name in small._fields:
         np.testing.assert_allclose(getattr(small, name), getattr(large, name), atol=3e-5, err_msg=name)
 
@@ -32,7 +32,7 @@ def test_hidden_tiles_are_skipped():
     )
     q, do = (jnp.swapaxes(x, 1, 2) for x in (q, do))
     k, v = (jnp.swapaxes(x, 1, 2).at[:, :, 16:].set(jnp.nan) for x in (k, v))
-    config = CONFIGS["8x8"]
+    config = CONFIGS["small"]
     o, lse = xla.forward(q, k, v, runs, scale=1.0, config=config)
     delta = jnp.sum(o * do, axis=-1)
     dq = xla.backward_dq(q, k, v, runs, lse, do, delta, scale=1.0, config=config)

@@ -3,7 +3,7 @@
 import math
 
 from sparse_flash_jax.flax.heads import check_heads
-from sparse_flash_jax.kernels.interval import check_implementation
+from sparse_flash_jax.kernels.implementations import check_implementation
 from training.config import ModelConfig, TrainConfig
 from training.errors import ConfigError
 
@@ -103,6 +103,6 @@ def _check_attention(model: ModelConfig, separate_documents: bool) -> None:
             " --data.separate-documents"
         )
     try:
-        check_implementation(model.implementation)
+        check_implementation(model.implementation, model.width // model.heads)
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"--model.implementation {model.implementation}: {error}") from error

@@ -27,6 +27,8 @@ class Config:
     dkv: Blocks
     tf32: bool = False
     """Whether float32 products on a GPU's tensor cores may round their operands to tf32."""
+    interpret: bool = False
+    """Whether GPU kernels run in Pallas' interpreter, on any device and slowly: for tests."""
 
 
 def xla_config(query_slots: int, key_slots: int) -> Config:
@@ -44,30 +46,55 @@ def _multiple_of_8(slots: int) -> int:
     return -(-slots // 8) * 8
 
 
-def triton_config(dtype: Any, head_dim: int, *, long_runs: bool) -> Config:
+def triton_config(dtype: Any, head_dim: int, *, long_runs: bool, capability: float) -> Config:
     """Returns tiles for the Triton implementation.
 
     Those that were fastest on an H100 at T = 16384 (benchmarks/notes.md): long runs, as of a dense causal plan, want
-    large tiles; short ones, as of 16 buckets, small ones. Three stages of the largest fit the 99 KiB of shared memory
-    of compute capability 8.6 and 8.9, and so every GPU from 8.0 on.
+    large tiles; short ones, as of 16 buckets, small ones. GPUs with less shared memory keep fewer tiles in flight.
 
     Args:
         dtype: of q, k and v.
         head_dim: H.
         long_runs: whether a run spans many tiles.
+        capability: compute capability of the GPU.
     """
-    if jnp.dtype(dtype).itemsize == 4 or head_dim > 128:
-        columns = 16 if jnp.dtype(dtype).itemsize * head_dim > 512 else 32
-        small = Blocks(rows=32, columns=columns, num_warps=4, num_stages=2)
-        return Config(forward=small, dq=small, dkv=small)
-    if not long_runs:
+    itemsize = jnp.dtype(dtype).itemsize
+    if itemsize == 4 or head_dim > 128:
+        small = Blocks(rows=32, columns=16 if itemsize * head_dim > 512 else 32, num_warps=4, num_stages=2)
+        tiles = (small, small, small)
+    elif not long_runs:
         small = Blocks(rows=64, columns=32, num_warps=4, num_stages=3)
-        return Config(forward=small, dq=small, dkv=small)
-    if head_dim > 64:
+        tiles = (small, small, small)
+    elif head_dim > 64:
         square = Blocks(rows=64, columns=64, num_warps=4, num_stages=2)
-        return Config(forward=Blocks(rows=128, columns=64, num_warps=4, num_stages=2), dq=square, dkv=square)
-    return Config(
-        forward=Blocks(rows=128, columns=64, num_warps=4, num_stages=3),
-        dq=Blocks(rows=128, columns=64, num_warps=4, num_stages=2),
-        dkv=Blocks(rows=128, columns=32, num_warps=4, num_stages=3),
-    )
+        tiles = (Blocks(rows=128, columns=64, num_warps=8, num_stages=3), square, square)
+    else:
+        tiles = (
+            Blocks(rows=128, columns=64, num_warps=4, num_stages=3),
+            Blocks(rows=128, columns=64, num_warps=4, num_stages=2),
+            Blocks(rows=128, columns=32, num_warps=4, num_stages=3),
+        )
+    limit = shared_memory(capability)
+    # Forward holds q of its rows; dQ also do, dK/dV k and v.
+    forward, dq, dkv = (_fit(tile, n, itemsize * head_dim, limit) for tile, n in zip(tiles, (1, 2, 2), strict=True))
+    return Config(forward=forward, dq=dq, dkv=dkv)
+
+
+def shared_memory(capability: float) -> int:
+    """Returns the bytes of shared memory that a thread block may have.
+
+    Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+    """
+    kibibytes = {8.0: 163, 8.7: 163, 9.0: 227, 10.0: 227, 10.3: 227, 11.0: 227}
+    return 1024 * kibibytes.get(capability, 99)
+
+
+def tile_bytes(block: Blocks, row_operands: int, row_bytes: int) -> int:
+    """Returns the shared memory of a tile: the operands of its rows, and two of each block of columns in flight."""
+    return (row_operands * block.rows + 2 * block.num_stages * block.columns) * row_bytes
+
+
+def _fit(block: Blocks, row_operands: int, row_bytes: int, limit: int) -> Blocks:
+    while block.num_stages > 1 and tile_bytes(block, row_operands, row_bytes) > limit:
+        block = dataclasses.replace(block, num_stages=block.num_stages - 1)
+    return block

@@ -1,4 +1,4 @@
-"""Attention in which each query sees one run of keys: the gradient rule, and the choice of an implementation.
+"""Attention in which each query sees one run of keys: the gradient rule.
 
 Knows runs and nothing else of sparsity. The implementations compute forward, dQ and dK/dV; what they share is here.
 """
@@ -11,12 +11,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
-from sparse_flash_jax.kernels import xla
-from sparse_flash_jax.kernels.config import Config, xla_config
+from sparse_flash_jax.kernels.config import Config
+from sparse_flash_jax.kernels.implementations import (
+    check_implementation,
+    default_config,
+    kernels_of,
+    pick_implementation,
+)
 from sparse_flash_jax.kernels.tiles import Runs
 from sparse_flash_jax.manual_axes import vary_alike
-
-IMPLEMENTATIONS = ("mosaic", "triton", "xla")
 
 RESIDUAL_NAMES = ("sparse_attention_o", "sparse_attention_lse")
 """`checkpoint_name`s of o and lse: a remat policy that saves them does not run the forward kernel twice."""
@@ -41,7 +44,8 @@ def interval_attention(
         runs: the run of each query, and its transpose.
         scale: static factor on the scores; None for 1 / sqrt(H).
         implementation: "mosaic", "triton" or "xla"; None picks for the device.
-        config: tile sizes; None for those that suit the shapes.
+        config: tile sizes; None for those that suit the shapes and the device. `Config.interpret` runs GPU kernels in
+            Pallas' interpreter, on any device.
 
     Returns:
         o [B N T H] in q's dtype, 0 where a run is empty, and lse float32 [B N T], natural log, -inf there.
@@ -50,37 +54,37 @@ def interval_attention(
         ValueError: if the implementation is unknown.
         NotImplementedError: if the named implementation cannot do it.
     """
-    check_implementation(implementation)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    config = xla_config(q.shape[2], k.shape[2]) if config is None else config
-    q, k, v, runs = vary_alike((q, k, v, runs))
-    return _attention(q, k, v, runs, scale, config)
-
-
-def check_implementation(implementation: str | None) -> None:
-    """Raises unless the implementation is None or one that exists and can run here."""
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}.")
-    if implementation in ("mosaic", "triton"):
-        raise NotImplementedError(
-            f"implementation={implementation!r} is not written yet; use implementation='xla', or None."
+    check_implementation(implementation, q.shape[-1], config)
+    implementation = pick_implementation(q.shape[-1]) if implementation is None else implementation
+    if config is None:
+        config = default_config(
+            implementation,
+            dtype=q.dtype,
+            head_dim=q.shape[-1],
+            query_slots=q.shape[2],
+            key_slots=k.shape[2],
+            # One run for all batch entries and heads is a plan of no data: causal, or a window.
+            long_runs=runs.k_start.shape[:2] == (1, 1),
         )
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    q, k, v, runs = vary_alike((q, k, v, runs))
+    return _attention(q, k, v, runs, scale, implementation, config)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def _attention(q, k, v, runs, scale, config):
-    return xla.forward(q, k, v, runs, scale=scale, config=config)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _attention(q, k, v, runs, scale, implementation, config):
+    return kernels_of(implementation).forward(q, k, v, runs, scale=scale, config=config)
 
 
-def _forward(q, k, v, runs, scale, config):
-    outputs = _attention(q, k, v, runs, scale, config)
+def _forward(q, k, v, runs, scale, implementation, config):
+    outputs = _attention(q, k, v, runs, scale, implementation, config)
     o, lse = (checkpoint_name(x, name) for x, name in zip(outputs, RESIDUAL_NAMES, strict=True))
     return (o, lse), (q, k, v, runs, o, lse)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _backward(scale, config, residuals, cotangents):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _backward(scale, implementation, config, residuals, cotangents):
     q, k, v, runs, o, lse = residuals
     do, dlse = cotangents
     # d lse / d s is p, as is d o / d s up to the row's mean, so lse's cotangent joins delta.
@@ -88,8 +92,9 @@ def _backward(scale, config, residuals, cotangents):
         "bnth,bnth->bnt", o.astype(jnp.float32), do.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
     delta = delta - dlse
-    dq = xla.backward_dq(q, k, v, runs, lse, do, delta, scale=scale, config=config)
-    dk, dv = xla.backward_dkv(q, k, v, runs, lse, do, delta, scale=scale, config=config)
+    kernels = kernels_of(implementation)
+    dq = kernels.backward_dq(q, k, v, runs, lse, do, delta, scale=scale, config=config)
+    dk, dv = kernels.backward_dkv(q, k, v, runs, lse, do, delta, scale=scale, config=config)
     return dq, dk, dv, None
 
 

@@ -6,9 +6,6 @@ for each tile of the other side, masked | unmasked | masked:
     dq += ds k          or          dv += p do, dk += ds q, summed over the query heads of a group in turn
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -19,7 +16,7 @@ from sparse_flash_jax.kernels.tiles import Runs, sweep
 from sparse_flash_jax.kernels.triton import launch
 
 
-def _dq_kernel(order, k_start, k_stop, q, k, v, do, lse, delta, dq, *, scale, block, heads, group, tiles, precision):
+def _dq_kernel(order, k_start, k_stop, q, do, lse, delta, k, v, dq, *, scale, block, heads, group, tiles, precision):
     b, n, i = launch.place(order, heads, tiles)
     first = i * block.rows
     rows = pl.ds(first, block.rows)
@@ -45,7 +42,7 @@ def _dq_kernel(order, k_start, k_stop, q, k, v, do, lse, delta, dq, *, scale, bl
 
 
 def _dkv_kernel(
-    order, q_start, q_stop, q, k, v, do, lse, delta, dk, dv, *, scale, block, heads, group, tiles, precision
+    order, q_start, q_stop, k, v, q, do, lse, delta, dk, dv, *, scale, block, heads, group, tiles, precision
 ):
     b, head, i = launch.place(order, heads // group, tiles)
     first = i * block.rows
@@ -93,34 +90,20 @@ def backward_dq(
     *,
     scale: float,
     config: Config,
-    interpret: bool = False,
 ) -> Float[Array, "B N T H"]:
     """Returns dq in q's dtype; `delta` is sum(o * do) less the cotangent of lse."""
-    (batch, heads, length, head_dim), block = q.shape, config.dq
-    q, lse, do, delta = (launch.pad(x, block, by="rows") for x in (q, lse, do, delta))
-    k, v = (launch.pad(x, block, by="columns") for x in (k, v))
-    start, stop = (launch.pad_bounds(x, block) for x in (runs.k_start, runs.k_stop))
-    tiles = q.shape[2] // block.rows
-    kernel = functools.partial(
+    (dq,) = launch.launch(
         _dq_kernel,
+        (runs.k_start, runs.k_stop),
+        (q, do, lse, delta),
+        (k, v),
+        (q,),
         scale=scale,
-        block=block,
-        heads=heads,
-        group=heads // k.shape[1],
-        tiles=tiles,
-        precision=launch.precision_of(q.dtype, config),
-    )
-    order = launch.longest_first(start, stop, block, batch=batch, heads=heads, group=1)
-    dq = launch.launch(
-        kernel,
-        (order, start, stop, q, k, v, do, lse, delta),
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
-        block=block,
-        programs=batch * heads * tiles,
+        block=config.dq,
+        config=config,
         name="interval_attention_dq",
-        interpret=interpret,
     )
-    return dq[:, :, :length, :head_dim]
+    return dq
 
 
 def backward_dkv(
@@ -134,31 +117,17 @@ def backward_dkv(
     *,
     scale: float,
     config: Config,
-    interpret: bool = False,
 ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
     """Returns dk and dv in k's dtype, summed over the query heads of a group."""
-    (batch, key_heads, length, head_dim), block = k.shape, config.dkv
-    q, lse, do, delta = (launch.pad(x, block, by="columns") for x in (q, lse, do, delta))
-    k, v = (launch.pad(x, block, by="rows") for x in (k, v))
-    start, stop = (launch.pad_bounds(x, block) for x in (runs.q_start, runs.q_stop))
-    tiles = k.shape[2] // block.rows
-    kernel = functools.partial(
-        _dkv_kernel,
-        scale=scale,
-        block=block,
-        heads=q.shape[1],
-        group=q.shape[1] // key_heads,
-        tiles=tiles,
-        precision=launch.precision_of(q.dtype, config),
-    )
-    order = launch.longest_first(start, stop, block, batch=batch, heads=q.shape[1], group=q.shape[1] // key_heads)
     dk, dv = launch.launch(
-        kernel,
-        (order, start, stop, q, k, v, do, lse, delta),
-        (jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
-        block=block,
-        programs=batch * key_heads * tiles,
+        _dkv_kernel,
+        (runs.q_start, runs.q_stop),
+        (k, v),
+        (q, do, lse, delta),
+        (k, v),
+        scale=scale,
+        block=config.dkv,
+        config=config,
         name="interval_attention_dkv",
-        interpret=interpret,
     )
-    return dk[:, :, :length, :head_dim], dv[:, :, :length, :head_dim]
+    return dk, dv

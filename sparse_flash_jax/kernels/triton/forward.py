@@ -7,8 +7,6 @@ for each key tile, masked | unmasked | masked:
 o / total, top + log2(total), in base e
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -60,30 +58,17 @@ def forward(
     *,
     scale: float,
     config: Config,
-    interpret: bool = False,
 ) -> tuple[Float[Array, "B N T H"], Float32[Array, "B N T"]]:
     """Returns o in q's dtype, and lse with -inf where a row sees nothing."""
-    (batch, heads, length, head_dim), block = q.shape, config.forward
-    q, (k, v) = launch.pad(q, block, by="rows"), (launch.pad(x, block, by="columns") for x in (k, v))
-    start, stop = (launch.pad_bounds(x, block) for x in (runs.k_start, runs.k_stop))
-    tiles = q.shape[2] // block.rows
-    kernel = functools.partial(
-        _kernel,
-        scale=scale,
-        block=block,
-        heads=heads,
-        group=heads // k.shape[1],
-        tiles=tiles,
-        precision=launch.precision_of(q.dtype, config),
-    )
-    order = launch.longest_first(start, stop, block, batch=batch, heads=heads, group=1)
     o, lse = launch.launch(
-        kernel,
-        (order, start, stop, q, k, v),
-        (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)),
-        block=block,
-        programs=batch * heads * tiles,
+        _kernel,
+        (runs.k_start, runs.k_stop),
+        (q,),
+        (k, v),
+        (q, jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)),
+        scale=scale,
+        block=config.forward,
+        config=config,
         name="interval_attention_forward",
-        interpret=interpret,
     )
-    return o[:, :, :length, :head_dim], lse[:, :, :length]
+    return o, lse

@@ -1,9 +1,11 @@
-"""What the three Triton kernels share: padding to tiles, the order of tiles, and the launch itself."""
+"""What the three Triton kernels share: the launch, with its padding and order of tiles, and steps of the kernels."""
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -16,26 +18,89 @@ from sparse_flash_jax.kernels.tiles import TileRange, tile_range
 LOG2E = 1.4426950408889634
 """exp2 is one instruction on the GPU, exp two: scores are scaled by log2(e)."""
 
+_SMALLEST = 16  # side of a product's operands
 
-def pad(x: Array, block: Blocks, *, by: str) -> Array:
-    """Returns x [B A L ...] padded so that its length is a multiple of a block's rows or columns.
 
-    The head dim of [B A L H] becomes a power of two, at least 16. Zeros in either change no score.
+def launch(
+    kernel: Callable,
+    bounds: tuple[Int32[Array, "b a L"], Int32[Array, "b a L"]],
+    rows: Sequence[Array],
+    columns: Sequence[Array],
+    outputs: Sequence[Array | jax.ShapeDtypeStruct],
+    *,
+    scale: float,
+    block: Blocks,
+    config: Config,
+    name: str,
+) -> list[Array]:
+    """Returns a kernel's outputs, computed tile of rows by tile of rows.
+
+    Args:
+        kernel: takes refs, whole and in global memory, of the order of tiles, start, stop, `rows`, `columns` and
+            `outputs`, the last three padded; by keyword scale, block, heads (N), group (N / K), tiles and precision.
+        bounds: start and stop of each row's run of columns; A divides N.
+        rows: [B N|K L H] or [B N L]: what a tile of rows holds of its own.
+        columns: [B K|N M H] or [B N M]: what streams past it.
+        outputs: of their shapes and dtypes, with the rows' batch, heads and length.
+        scale: factor on the scores.
+        block: the tile.
+        config: which says whether to round to tf32, and to interpret.
+        name: of the kernel, as profilers show it.
     """
-    widths = [(0, 0), (0, 0), (0, -x.shape[2] % getattr(block, by))]
-    if x.ndim == 4:
-        widths.append((0, max(16, 1 << (x.shape[3] - 1).bit_length()) - x.shape[3]))
+    _check_block(block)
+    heads, key_heads = sorted((rows[0].shape[1], columns[0].shape[1]), reverse=True)
+    batch, row_heads = rows[0].shape[:2]
+    tiles = pl.cdiv(rows[0].shape[2], block.rows)
+    padding = (0, 0), (0, 0), (0, -bounds[0].shape[2] % block.rows)
+    start, stop = (jnp.pad(x, padding, mode="edge") for x in bounds)  # the last value again, so still monotone
+    order = longest_first(start, stop, block, batch=batch, heads=heads, group=heads // row_heads)
+    # Raised anew at each lowering; this one message, and no other, is silenced.
+    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+    varying = jax.typeof(rows[0]).manual_axis_type
+    call = pl.pallas_call(
+        functools.partial(
+            kernel,
+            scale=scale,
+            block=block,
+            heads=heads,
+            group=heads // key_heads,
+            tiles=tiles,
+            precision=_precision(rows[0].dtype, config),
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(_padded(x.shape, block.rows), x.dtype, manual_axis_type=varying) for x in outputs
+        ],
+        grid=(batch * row_heads * tiles,),
+        compiler_params=pltriton.CompilerParams(num_warps=block.num_warps, num_stages=block.num_stages),
+        interpret=config.interpret,
+        name=name,
+    )
+    rows, columns = ([_pad(x, side) for x in xs] for xs, side in ((rows, block.rows), (columns, block.columns)))
+    padded = call(order, start, stop, *rows, *columns)
+    return [lax.slice(x, (0,) * x.ndim, like.shape) for x, like in zip(padded, outputs, strict=True)]
+
+
+def _check_block(block: Blocks) -> None:
+    for side in (block.rows, block.columns):
+        if side < _SMALLEST or side & (side - 1):
+            raise ValueError(f"tiles of the Triton kernels have sides that are powers of two from 16 on, got {block}.")
+
+
+def _padded(shape: tuple[int, ...], side: int) -> tuple[int, ...]:
+    """[B A L] and [B A L H] with L a multiple of a tile's side, and H a power of two."""
+    batch, heads, length, *head_dim = shape
+    powers = (max(_SMALLEST, 1 << (size - 1).bit_length()) for size in head_dim)
+    return batch, heads, pl.cdiv(length, side) * side, *powers
+
+
+def _pad(x: Array, side: int) -> Array:
+    """Zeros past the head dim change no score; those past the length are hidden or cut off."""
+    widths = [(0, new - old) for new, old in zip(_padded(x.shape, side), x.shape, strict=True)]
     return jnp.pad(x, widths) if any(high for _, high in widths) else x
 
 
-def pad_bounds(bound: Int32[Array, "b a L"], block: Blocks) -> Int32[Array, "b a M"]:
-    """Returns bounds padded by rows with their last value, so that they stay monotone."""
-    padding = -bound.shape[2] % block.rows
-    return jnp.pad(bound, ((0, 0), (0, 0), (0, padding)), mode="edge") if padding else bound
-
-
-def precision_of(dtype: Any, config: Config) -> Any:
-    """Returns the precision of products: full float32 for float32 operands, unless the config allows tf32."""
+def _precision(dtype: Any, config: Config) -> lax.Precision:
+    """Full float32 for float32 operands, unless the config allows tf32."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 and not config.tf32 else lax.Precision.DEFAULT
 
 
@@ -53,9 +118,10 @@ def longest_first(
     work = work.reshape(batch, heads // group, group, -1).sum(axis=2)[..., ::-1].astype(jnp.float32)
     times_mean = work / jnp.maximum(jnp.mean(work), 1.0)
     rank = -jnp.floor(jnp.log2(jnp.maximum(times_mean, 1.0))).astype(jnp.int32)
-    program = jnp.arange(work.size, dtype=jnp.int32).reshape(work.shape)[..., ::-1]
-    _, order = lax.sort((rank.reshape(-1), program.reshape(-1)), num_keys=1, is_stable=True)
-    return order
+    # One int32 a program, rank above place: at most log2(size) ranks, so it fits for up to 2^26 programs.
+    ranked = jnp.sort(rank.reshape(-1) * work.size + jnp.arange(work.size, dtype=jnp.int32))
+    place, tiles = ranked % work.size, work.shape[-1]
+    return place + tiles - 1 - 2 * (place % tiles)
 
 
 def place(order_ref: Any, heads: int, tiles: int) -> tuple[Array, Array, Array]:
@@ -89,27 +155,3 @@ def dot(a: Array, b: Array, *, contract: tuple[int, int], precision: Any) -> Arr
     return lax.dot_general(
         a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
-
-
-def launch(
-    kernel: Callable,
-    operands: Sequence[Array],
-    out_shape: Any,
-    *,
-    programs: int,
-    block: Blocks,
-    name: str,
-    interpret: bool,
-) -> Any:
-    """Runs a kernel over a one-dimensional grid, every operand whole in global memory."""
-    # Raised anew at each lowering; this one message, and no other, is silenced.
-    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-    call = pl.pallas_call(
-        kernel,
-        out_shape=out_shape,
-        grid=(programs,),
-        compiler_params=pltriton.CompilerParams(num_warps=block.num_warps, num_stages=block.num_stages),
-        interpret=interpret,
-        name=name,
-    )
-    return call(*operands)

@@ -1,0 +1,81 @@
+"""The implementations of interval attention: what each can do, which one a device gets, and its tiles.
+
+Each is a module of three functions, `forward`, `backward_dq` and `backward_dkv`, imported when first chosen.
+"""
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import jax
+
+from sparse_flash_jax.kernels.config import Config, triton_config, xla_config
+
+IMPLEMENTATIONS = ("mosaic", "triton", "xla")
+
+_TRITON_CAPABILITY = 8.0  # Ampere
+_TRITON_HEAD_DIM = 256
+
+
+def check_implementation(implementation: str | None, head_dim: int, config: Config | None = None) -> None:
+    """Raises unless the implementation is None, or one that can do this on the default device.
+
+    Args:
+        implementation: "mosaic", "triton", "xla" or None.
+        head_dim: H.
+        config: its tiles; with `interpret`, GPU kernels run on any device.
+
+    Raises:
+        ValueError: if the implementation is unknown.
+        NotImplementedError: if it cannot do this.
+    """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}.")
+    lacks = None
+    if implementation == "mosaic":
+        lacks = "is not written yet"
+    elif implementation == "triton":
+        lacks = _what_triton_lacks(head_dim, interpret=config is not None and config.interpret)
+    if lacks:
+        raise NotImplementedError(f"implementation={implementation!r} {lacks}; use implementation='xla', or None.")
+
+
+def pick_implementation(head_dim: int) -> str:
+    """Returns the fastest implementation that can do this on the default device."""
+    return "xla" if _what_triton_lacks(head_dim, interpret=False) else "triton"
+
+
+def kernels_of(implementation: str) -> ModuleType:
+    """Returns the module of an implementation. Nothing of Pallas is imported before."""
+    return importlib.import_module(f"sparse_flash_jax.kernels.{implementation}")
+
+
+def default_config(
+    implementation: str, *, dtype: Any, head_dim: int, query_slots: int, key_slots: int, long_runs: bool
+) -> Config:
+    """Returns the tiles that suit the shapes and the default device; `long_runs` says that runs span many tiles."""
+    if implementation == "xla":
+        return xla_config(query_slots, key_slots)
+    return triton_config(dtype, head_dim, long_runs=long_runs, capability=_compute_capability())
+
+
+def _what_triton_lacks(head_dim: int, *, interpret: bool) -> str | None:
+    if head_dim > _TRITON_HEAD_DIM:
+        return f"has head dims up to {_TRITON_HEAD_DIM}, got {head_dim}"
+    if interpret or _compute_capability() >= _TRITON_CAPABILITY:
+        return None
+    kind = _default_device().device_kind
+    return f"needs an NVIDIA GPU of compute capability {_TRITON_CAPABILITY} or more, and the default device is {kind}"
+
+
+def _compute_capability() -> float:
+    """Compute capability of the default device, 0 where that is no NVIDIA GPU."""
+    try:
+        return float(getattr(_default_device(), "compute_capability", 0.0))
+    except ValueError:  # a GPU of another make names its architecture here
+        return 0.0
+
+
+def _default_device() -> Any:
+    device = jax.config.jax_default_device
+    return device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0]

@@ -1,0 +1,113 @@
+"""The whole of sparse attention on a GPU, compiled: `python -m pytest -m gpu`."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import sparse_flash_jax as sfj
+from sparse_flash_jax.kernels.config import triton_config
+from sparse_flash_jax.kernels.implementations import pick_implementation
+from tests import definition
+from tests.budget import assert_within_budget, with_gradients
+from tests.cases import BY_NAME, CASES, Case, Pattern, Shape, buckets, kept
+from tests.test_attention import judges
+
+# The transformations' tests, collected here once more: here the default device is a GPU.
+from tests.test_transforms import TestDevices as TestDevices
+from tests.test_transforms import arrays as arrays
+from tests.test_transforms import expected as expected
+from tests.test_transforms import test_named_residuals_are_not_made_twice as test_named_residuals_are_not_made_twice
+from tests.test_transforms import test_remat as test_remat
+from tests.test_transforms import test_scan_over_layers as test_scan_over_layers
+from tests.test_transforms import test_vmap_over_a_batch_axis as test_vmap_over_a_batch_axis
+from tests.test_transforms import test_vmap_with_one_plan_for_all as test_vmap_with_one_plan_for_all
+
+pytestmark = pytest.mark.gpu
+IMPLEMENTATIONS = ("triton",)
+PATTERNS = (
+    Pattern("causal"),
+    Pattern("hash4_exclude_self", buckets(4), exclude_self=True),
+    Pattern("window100_qk50", kept(0.5, 0.5), window=100),
+)
+# Some whole tiles and a part of one, at every head dim that has tiles or padding of its own.
+SHIPPED = [
+    Case(Shape(B=2, T=700, N=4, K=2, H=head_dim), pattern, dtype)
+    for head_dim, pattern, dtype in itertools.product(
+        (16, 48, 64, 80, 96, 128, 192, 256), PATTERNS, ("bfloat16", "float16", "float32")
+    )
+]
+SKEWED = Case(
+    Shape(B=1, T=4096, N=2, H=64),
+    Pattern(
+        "half_in_one_bucket",
+        lambda rng, shape: {
+            name: np.where(rng.random(axes) < 0.5, 5, rng.integers(0, 16, axes)).astype(np.int32)
+            for name, axes in (("query_group", shape.query_axes), ("key_group", shape.key_axes))
+        },
+    ),
+    "bfloat16",
+)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def attend(request):
+    @jax.jit
+    def run(inputs, plan):
+        def attention(q, k, v):
+            return sfj.sparse_attention(q, k, v, plan, implementation=request.param, return_residual=True)
+
+        return with_gradients(attention, inputs)
+
+    return run
+
+
+@pytest.mark.parametrize("case", [*CASES, *SHIPPED, SKEWED], ids=str)
+def test_within_budget(case, attend):
+    inputs, plan = case.inputs(), definition.plan(case)
+    assert_within_budget(attend(inputs, plan), *judges(inputs, plan))
+
+
+def test_repeats_bit_by_bit(attend):
+    for case in SHIPPED[3:6]:
+        inputs, plan = case.inputs(), definition.plan(case)
+        first = attend(inputs, plan)
+        for _ in range(5):
+            for name, x, y in zip(first._fields, first, attend(inputs, plan), strict=True):
+                np.testing.assert_array_equal(x, y, name)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["causal", "qk50", "hash4_exclude_self", "packed_window5"])
+def test_gradients_by_finite_differences(implementation, name):
+    case = BY_NAME[f"B2-T63-N4-K2-H32-{name}-f32"]
+    plan = definition.plan(case)
+    some = jnp.asarray(definition.visible(case).any(axis=-1).swapaxes(1, 2))
+
+    def outputs(q, k, v):
+        o, lse = sfj.sparse_attention(q, k, v, plan, implementation=implementation, return_residual=True)
+        return o, jnp.where(some, lse, 0.0)
+
+    check_grads(jax.jit(outputs), case.inputs()[:3], order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+
+
+def test_tf32_by_choice_alone():
+    """Full float32 is the default; rounding to tf32 shows, and stays small."""
+    case = BY_NAME["B2-T63-N4-K2-H32-hash16-f32"]
+    inputs, plan = case.inputs(), definition.plan(case)
+    exact = judges(inputs, plan)[0]
+    errors = []
+    for tf32 in (False, True):
+        config = triton_config("float32", 32, long_runs=False, capability=8.0)
+        config = dataclasses.replace(config, tf32=tf32)
+        o = sfj.sparse_attention(*inputs[:3], plan, implementation="triton", config=config)
+        errors.append(float(jnp.abs(o - exact.o).max()))
+    assert errors[0] < 2e-6 < errors[1] < 5e-3
+
+
+def test_none_picks_a_gpu_kernel():
+    assert pick_implementation(64) != "xla"
