@@ -14,16 +14,17 @@ from typing import Any
 import jax
 from environment import environment, write
 from memory import memory, shortened
-from passes import dense_calls, make_plan, matmul_call, planned_memory, sparse_calls
+from passes import Call, dense_calls, make_plan, matmul_call, mha_calls, planned_memory, sparse_calls
 from selection import QUICK_LENGTH, Case, grows, select
 from timing import Timing, measure
 
 from sparse_flash_jax import AttentionPlan, PlanStats
-from sparse_flash_jax.kernels.config import xla_config
+from sparse_flash_jax.kernels.implementations import default_config, pick_implementation
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # For a visible pair and unit of head dim: q k^T and p v at two FLOPs each, and five such products in the backward pass.
 FORWARD_FLOPS, FORWARD_BACKWARD_FLOPS = 4, 14
+MHA_BACKWARD_SIDES = (32, 64, 128)  # the first is the default of JAX's kernel; the best counts
 DENSE_ARRAYS = 4  # [B N T S] arrays in float32 that dense forward + backward on a CPU holds, by the compiler's plan
 
 
@@ -46,7 +47,10 @@ def main() -> None:
         tensors = (case.shape, case.dtype)
         if tensors not in baselines:
             baselines[tensors] = _dense(case, platform, samples)
-        record = _record(case, baselines[tensors], args.implementation, samples)
+        baseline = baselines[tensors]
+        if case.pattern.name == "causal" and platform == "gpu" and isinstance(baseline, dict):
+            baseline = baseline | _mha(case, samples)
+        record = _record(case, baseline, args.implementation, samples)
         result["cases"].append(record)
         print(_row(record), flush=True)
     if platform == "cpu" and sys.platform == "linux" and not args.no_memory:
@@ -87,7 +91,24 @@ def _dense(case: Case, platform: str, samples: int) -> dict[str, Timing] | str:
     if platform == "cpu" and needed > free / 2:
         return f"not run: needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
     implementation = "xla" if platform == "cpu" or case.dtype == "float32" else "cudnn"
-    calls = dense_calls(case, implementation)
+    return _timed(dense_calls(case, implementation), samples)
+
+
+def _mha(case: Case, samples: int) -> dict[str, Timing]:
+    """Times JAX's own Pallas-Triton kernels with the tiles that suit them best; nothing where none of those run."""
+    best: dict[str, Timing] = {}
+    for side in MHA_BACKWARD_SIDES:
+        for name, call in mha_calls(case, side).items():
+            try:
+                timing = measure(call.function, *call.args, samples=samples)
+            except (jax.errors.JaxRuntimeError, ValueError) as error:  # more shared memory than there is
+                print(f"{case}: {name} with backward tiles of {side}: {str(error).splitlines()[0][:120]}")
+            else:
+                best[name] = min(timing, best.get(name, timing))
+    return best
+
+
+def _timed(calls: dict[str, Call], samples: int) -> dict[str, Timing]:
     return {name: measure(call.function, *call.args, samples=samples) for name, call in calls.items()}
 
 
@@ -95,9 +116,9 @@ def _record(case: Case, dense: dict[str, Timing] | str, implementation: str | No
     """Times a case and relates the times to the work and to the baseline."""
     shape = case.shape
     calls = sparse_calls(case, implementation)
-    times = {name: measure(call.function, *call.args, samples=samples) for name, call in calls.items()}
+    times = _timed(calls, samples)
     plan = make_plan(case, calls["plan"].args[0])
-    stats = _tiles(plan, implementation)
+    stats = _tiles(case, plan, implementation)
     pairs = stats.visible_pairs * (shape.B * shape.N // stats.heads)
     baseline = dense if isinstance(dense, dict) else {}
 
@@ -129,11 +150,10 @@ def _record(case: Case, dense: dict[str, Timing] | str, implementation: str | No
     }
 
 
-def _tiles(plan: AttentionPlan, implementation: str | None) -> PlanStats:
-    """Counts tiles: those of the XLA forward pass where it runs, else 128 x 128."""
-    if implementation != "xla" and jax.default_backend() != "cpu":
-        return plan.stats()
-    blocks = xla_config(plan.runs.k_start.shape[-1], plan.runs.q_start.shape[-1]).forward
+def _tiles(case: Case, plan: AttentionPlan, implementation: str | None) -> PlanStats:
+    """Counts the tiles of the forward pass."""
+    implementation = implementation or pick_implementation(case.shape.H)
+    blocks = default_config(implementation, dtype=case.dtype, head_dim=case.shape.H, runs=plan.runs).forward
     return plan.stats(blocks.rows, blocks.columns)
 
 
@@ -141,7 +161,7 @@ _COLUMNS = ("plan", "gather", "kernel_forward", "kernel_forward_backward", "forw
 _HEADER = (
     "ms, medians; plan, gather and kernels by themselves, then the whole call; TFLOP/s of visible pairs, whole call\n"
     f"{'case':<36}{'plan':>8}{'gather':>8}{'k fwd':>9}{'k f+b':>9}{'fwd':>9}{'f+b':>9}{'dense f':>9}{'dense f+b':>10}"
-    f"{'x fwd':>7}{'x f+b':>7}{'TFLOP/s':>9}{'tiles':>7}"
+    f"{'x fwd':>7}{'x f+b':>7}{'mha f':>9}{'mha f+b':>9}{'TFLOP/s':>9}{'tiles':>7}"
 )
 
 
@@ -154,6 +174,8 @@ def _row(record: dict[str, Any]) -> str:
         cells.append(f"{ms[name]:>{width}.1f}" if name in ms else f"{'-':>{width}}")
     for name in ("forward", "forward_backward"):
         cells.append(f"{record['speedup'][name]:>7.2f}" if record["speedup"] else f"{'-':>7}")
+    for name in ("mha_forward", "mha_forward_backward"):
+        cells.append(f"{ms[name]:>9.2f}" if name in ms else f"{'-':>9}")
     cells.append(f"{record['useful_tflops']['forward_backward']:>9.3g}")
     cells.append(f"{record['tiles']['efficiency']:>7.2f}")
     return "".join(cells)

@@ -1,11 +1,14 @@
-"""The calls that are timed: the whole of sparse attention, its parts, and the dense baseline."""
+"""The calls that are timed: the whole of sparse attention, its parts, and the dense baselines."""
 
+import functools
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from selection import Case
+from selection import Case, Shape
 
 import sparse_flash_jax as sfj
 from sparse_flash_jax.kernels.interval import interval_attention
@@ -33,18 +36,17 @@ def make_plan(case: Case, arrays: dict[str, jax.Array]) -> sfj.AttentionPlan:
 
 def sparse_step(case: Case, implementation: str | None) -> Call:
     """Returns forward and backward as a user has them: plan, gather, kernels and restore in one `jit`."""
-    return Call(_with_gradients(_whole(case, implementation)), (*_operands(case), case.inputs().do))
+    q, k, v, do = _tensors(case.shape, case.dtype)
+    return Call(_with_gradients(_whole(case, implementation)), (_arrays(case), q, k, v, do))
 
 
 def sparse_calls(case: Case, implementation: str | None) -> dict[str, Call]:
     """Returns the whole call (`forward`, `forward_backward`), and plan, gather and kernels by themselves."""
-    arrays, q, k, v = _operands(case)
-    do = case.inputs().do
+    arrays, (q, k, v, do) = _arrays(case), _tensors(case.shape, case.dtype)
     plan = jax.jit(lambda arrays: make_plan(case, arrays))
     planned = plan(arrays)
     slotted = jax.jit(_gather)(planned, q, k, v)
     slotted_do = gather(do, planned.query_order, planned.query_slot)
-    whole = _whole(case, implementation)
 
     def kernel(runs, q, k, v):
         return interval_attention(q, k, v, runs, implementation=implementation)[0]
@@ -57,6 +59,15 @@ def sparse_calls(case: Case, implementation: str | None) -> dict[str, Call]:
         "gather": Call(jax.jit(permute), (planned, q, k, v, slotted_do)),
         "kernel_forward": Call(jax.jit(kernel), (planned.runs, *slotted)),
         "kernel_forward_backward": Call(_with_gradients(kernel), (planned.runs, *slotted, slotted_do)),
+        **whole_calls(case, implementation),
+    }
+
+
+def whole_calls(case: Case, implementation: str | None) -> dict[str, Call]:
+    """Returns the whole call alone: `forward`, `forward_backward`."""
+    arrays, (q, k, v, do) = _arrays(case), _tensors(case.shape, case.dtype)
+    whole = _whole(case, implementation)
+    return {
         "forward": Call(jax.jit(whole), (arrays, q, k, v)),
         "forward_backward": Call(_with_gradients(whole), (arrays, q, k, v, do)),
     }
@@ -64,14 +75,37 @@ def sparse_calls(case: Case, implementation: str | None) -> dict[str, Call]:
 
 def dense_calls(case: Case, implementation: Literal["xla", "cudnn"]) -> dict[str, Call]:
     """Returns dense causal attention of JAX's own on the same tensors."""
-    q, k, v, do, _ = case.inputs()
 
     def dense(_, q, k, v):
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
 
+    return _baseline("dense", dense, case)
+
+
+def mha_calls(case: Case, backward_side: int) -> dict[str, Call]:
+    """Returns dense causal attention by JAX's own Pallas-Triton kernels, with square tiles in the backward pass.
+
+    Raises:
+        ImportError: if this JAX has them no more.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
+
+    sides = dict.fromkeys(("block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), backward_side)
+    blocks = BlockSizes(block_q=128, block_k=128, **sides)  # forward: its default
+
+    def dense(_, q, k, v):
+        return mha(q, k, v, None, 1 / math.sqrt(q.shape[-1]), True, blocks)
+
+    return _baseline("mha", dense, case)
+
+
+def _baseline(name: str, dense: Callable[..., jax.Array], case: Case) -> dict[str, Call]:
+    q, k, v, do = _tensors(case.shape, case.dtype)
     return {
-        "dense_forward": Call(jax.jit(dense), (None, q, k, v)),
-        "dense_forward_backward": Call(_with_gradients(dense), (None, q, k, v, do)),
+        f"{name}_forward": Call(jax.jit(dense), (None, q, k, v)),
+        f"{name}_forward_backward": Call(_with_gradients(dense), (None, q, k, v, do)),
     }
 
 
@@ -81,9 +115,16 @@ def matmul_call(dtype: str, size: int) -> Call:
     return Call(jax.jit(jnp.matmul), (x, x))
 
 
-def _operands(case: Case) -> tuple[dict[str, jax.Array], jax.Array, jax.Array, jax.Array]:
-    arrays = {name: jnp.asarray(x) for name, x in case.arrays().items()}
-    return arrays, *case.inputs()[:3]
+def _arrays(case: Case) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(x) for name, x in case.arrays().items()}
+
+
+@functools.lru_cache(maxsize=1)
+def _tensors(shape: Shape, dtype: str) -> list[jax.Array]:
+    """Standard normal q, k, v and cotangent. Drawn on the device: a case's own take seconds at benchmark size."""
+    sizes = ((*axes, shape.H) for axes in (shape.query_axes, shape.key_axes, shape.key_axes, shape.query_axes))
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [jax.random.normal(key, size, jnp.dtype(dtype)) for key, size in zip(keys, sizes, strict=True)]
 
 
 def _whole(case: Case, implementation: str | None) -> Callable[..., jax.Array]:

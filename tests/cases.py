@@ -283,11 +283,26 @@ CASES = (*(Case(BASE, pattern) for pattern in _OF_BASE), *_OF_SHAPES)
 BY_NAME = {str(case): case for case in CASES}
 
 
-def _dropping(percent: int, length: int) -> Pattern:
-    # Named for the share that is dropped, as in the paper.
+def buckets_pattern(count: int) -> Pattern:
+    """So many random buckets."""
+    return Pattern(f"hash{count}", buckets(count))
+
+
+def dropping(percent: int, length: int) -> Pattern:
+    """Named for the share of queries, and of keys, that is dropped, as in arXiv 2306.01160."""
     share = 1 - percent / 100
     fits = round(share * length)
     return Pattern(f"qk{percent}", kept(share, share, exact=True), query_capacity=fits, key_capacity=fits)
+
+
+def half_in_one(count: int) -> Callable[[np.random.Generator, Shape], Arrays]:
+    """Random bucket ids of which half are 5: the skew that a hash makes of alike tokens."""
+
+    def arrays(rng: np.random.Generator, shape: Shape) -> Arrays:
+        drawn = buckets(count)(rng, shape)
+        return {name: np.where(rng.random(x.shape) < 0.5, np.int32(5), x) for name, x in drawn.items()}
+
+    return arrays
 
 
 _GPU = [(8192, 4), (16384, 2), (32768, 1)]
@@ -295,7 +310,7 @@ BENCHMARKS = (
     *(Case(Shape(B=1, T=t, N=4, H=64), hash16) for t in (4096, 8192, 16384, 32768)),
     *(
         Case(Shape(B=1, T=8192, N=4, H=64), pattern)
-        for pattern in (causal, Pattern("window256", window=256), Pattern("hash64", buckets(64)), _dropping(50, 8192))
+        for pattern in (causal, Pattern("window256", window=256), buckets_pattern(64), dropping(50, 8192))
     ),
     *(
         Case(Shape(B=b, T=t, N=12, H=64), pattern, "bfloat16")
@@ -304,14 +319,20 @@ BENCHMARKS = (
             causal,
             Pattern("window1024", window=1024),
             hash16,
-            Pattern("hash64", buckets(64)),
+            buckets_pattern(64),
+            Pattern("skewed16", half_in_one(16)),
             Pattern("one_bucket", buckets(1)),
-            *(_dropping(percent, t) for percent in (30, 50, 70)),
+            *(dropping(percent, t) for percent in (30, 50, 70)),
             packed,
         )
     ),
+    Case(Shape(B=8, T=4096, N=12, H=64), causal, "bfloat16"),
     Case(Shape(B=1, T=65536, N=12, H=64), causal, "bfloat16"),
-    Case(Shape(B=1, T=65536, N=12, H=64), Pattern("hash64", buckets(64)), "bfloat16"),
-    *(Case(Shape(B=1, T=t, N=16, H=128), p, "bfloat16") for t in (16384, 32768) for p in (causal, hash16)),
+    Case(Shape(B=1, T=65536, N=12, H=64), buckets_pattern(64), "bfloat16"),
+    *(
+        Case(Shape(B=max(1, 32768 // t), T=t, N=16, H=128), causal, "bfloat16")
+        for t in (4096, 8192, 16384, 32768, 65536)
+    ),
+    *(Case(Shape(B=32768 // t, T=t, N=16, H=128), hash16, "bfloat16") for t in (16384, 32768)),
     Case(Shape(B=1, T=16384, N=16, K=4, H=128), hash16, "bfloat16"),
 )

@@ -74,3 +74,16 @@ def test_overheads_writes_import_and_plan_times(tmp_path):
     assert result["import_seconds"]["sparse_flash_jax"] > 0
     assert [plan["pattern"] for plan in result["plans"]] == ["causal", "hash16"]
     assert all(plan[name]["median"] > 0 for plan in result["plans"] for name in ("eager", "jit"))
+
+
+def test_density_writes_a_row_a_pattern(tmp_path):
+    out = tmp_path / "density.json"
+    done = _run("density.py", "--quick", "--out", out)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    _check_environment(result["environment"])
+    assert _finite(result)
+    densities = {case["case"].split("-")[-2]: case["density"] for case in result["cases"]}
+    assert densities["hash1"] == densities["qk0"] == 1
+    assert 0 < densities["qk80"] < densities["qk50"] < 0.5
+    assert 0 < densities["hash64"] < densities["hash16"] < 0.1

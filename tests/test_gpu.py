@@ -14,7 +14,7 @@ from sparse_flash_jax.kernels.config import triton_config
 from sparse_flash_jax.kernels.implementations import pick_implementation
 from tests import definition
 from tests.budget import assert_within_budget, with_gradients
-from tests.cases import BY_NAME, CASES, Case, Pattern, Shape, buckets, kept
+from tests.cases import BY_NAME, CASES, Case, Pattern, Shape, buckets, half_in_one, kept
 from tests.test_attention import judges
 
 # The transformations' tests, collected here once more: here the default device is a GPU.
@@ -41,17 +41,7 @@ SHIPPED = [
         (16, 48, 64, 80, 96, 128, 192, 256), PATTERNS, ("bfloat16", "float16", "float32")
     )
 ]
-SKEWED = Case(
-    Shape(B=1, T=4096, N=2, H=64),
-    Pattern(
-        "half_in_one_bucket",
-        lambda rng, shape: {
-            name: np.where(rng.random(axes) < 0.5, 5, rng.integers(0, 16, axes)).astype(np.int32)
-            for name, axes in (("query_group", shape.query_axes), ("key_group", shape.key_axes))
-        },
-    ),
-    "bfloat16",
-)
+SKEWED = Case(Shape(B=1, T=4096, N=2, H=64), Pattern("skewed16", half_in_one(16)), "bfloat16")
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

@@ -102,11 +102,11 @@ def test_deprecation_of_the_backend_is_not_the_users_to_hear():
 @pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
 @pytest.mark.parametrize("long_runs", [False, True])
 def test_default_tiles_fit_the_shared_memory(dtype, head_dim, long_runs):
-    row_bytes = jnp.dtype(dtype).itemsize * head_dim
+    itemsize = jnp.dtype(dtype).itemsize
     for capability in (8.0, 8.6, 8.9, 9.0, 12.0):
         config = triton_config(dtype, head_dim, long_runs=long_runs, capability=capability)
         for block, row_operands in ((config.forward, 1), (config.dq, 2), (config.dkv, 2)):
-            assert tile_bytes(block, row_operands, row_bytes) <= shared_memory(capability)
+            assert tile_bytes(block, row_operands, head_dim, itemsize) <= shared_memory(capability)
     assert shared_memory(8.9) == shared_memory(12.0) == 101_376
 
 

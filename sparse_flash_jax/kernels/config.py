@@ -76,7 +76,7 @@ def triton_config(dtype: Any, head_dim: int, *, long_runs: bool, capability: flo
         )
     limit = shared_memory(capability)
     # Forward holds q of its rows; dQ also do, dK/dV k and v.
-    forward, dq, dkv = (_fit(tile, n, itemsize * head_dim, limit) for tile, n in zip(tiles, (1, 2, 2), strict=True))
+    forward, dq, dkv = (_fit(tile, n, head_dim, itemsize, limit) for tile, n in zip(tiles, (1, 2, 2), strict=True))
     return Config(forward=forward, dq=dq, dkv=dkv)
 
 
@@ -89,12 +89,18 @@ def shared_memory(capability: float) -> int:
     return 1024 * kibibytes.get(capability, 99)
 
 
-def tile_bytes(block: Blocks, row_operands: int, row_bytes: int) -> int:
-    """Returns the shared memory of a tile: the operands of its rows, and two of each block of columns in flight."""
-    return (row_operands * block.rows + 2 * block.num_stages * block.columns) * row_bytes
+def tile_bytes(block: Blocks, row_operands: int, head_dim: int, itemsize: int) -> int:
+    """Returns the shared memory of a tile: the operands of its rows, and two of each block of columns in flight.
+
+    Products of float32 use no tensor cores, and pass p and ds through shared memory too.
+    """
+    operands = (row_operands * block.rows + 2 * block.num_stages * block.columns) * head_dim
+    exchanged = row_operands * block.rows * block.columns if itemsize == 4 else 0
+    return (operands + exchanged) * itemsize
 
 
-def _fit(block: Blocks, row_operands: int, row_bytes: int, limit: int) -> Blocks:
-    while block.num_stages > 1 and tile_bytes(block, row_operands, row_bytes) > limit:
-        block = dataclasses.replace(block, num_stages=block.num_stages - 1)
+def _fit(block: Blocks, row_operands: int, head_dim: int, itemsize: int, limit: int) -> Blocks:
+    while tile_bytes(block, row_operands, head_dim, itemsize) > limit:
+        smaller = {"num_stages": block.num_stages - 1} if block.num_stages > 1 else {"rows": block.rows // 2}
+        block = dataclasses.replace(block, **smaller)
     return block

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from sparse_flash_jax.kernels.config import Config, triton_config, xla_config
+from sparse_flash_jax.kernels.tiles import Runs
 
 IMPLEMENTATIONS = ("mosaic", "triton", "xla")
 
@@ -50,12 +51,12 @@ def kernels_of(implementation: str) -> ModuleType:
     return importlib.import_module(f"sparse_flash_jax.kernels.{implementation}")
 
 
-def default_config(
-    implementation: str, *, dtype: Any, head_dim: int, query_slots: int, key_slots: int, long_runs: bool
-) -> Config:
-    """Returns the tiles that suit the shapes and the default device; `long_runs` says that runs span many tiles."""
+def default_config(implementation: str, *, dtype: Any, head_dim: int, runs: Runs) -> Config:
+    """Returns the tiles that suit the shapes and the default device."""
     if implementation == "xla":
-        return xla_config(query_slots, key_slots)
+        return xla_config(query_slots=runs.k_start.shape[2], key_slots=runs.q_start.shape[2])
+    # One run for all batch entries and heads is a plan of no data: causal, or a window.
+    long_runs = runs.k_start.shape[:2] == (1, 1)
     return triton_config(dtype, head_dim, long_runs=long_runs, capability=_compute_capability())
 
 

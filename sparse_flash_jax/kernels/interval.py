@@ -57,15 +57,7 @@ def interval_attention(
     check_implementation(implementation, q.shape[-1], config)
     implementation = pick_implementation(q.shape[-1]) if implementation is None else implementation
     if config is None:
-        config = default_config(
-            implementation,
-            dtype=q.dtype,
-            head_dim=q.shape[-1],
-            query_slots=q.shape[2],
-            key_slots=k.shape[2],
-            # One run for all batch entries and heads is a plan of no data: causal, or a window.
-            long_runs=runs.k_start.shape[:2] == (1, 1),
-        )
+        config = default_config(implementation, dtype=q.dtype, head_dim=q.shape[-1], runs=runs)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     q, k, v, runs = vary_alike((q, k, v, runs))
     return _attention(q, k, v, runs, scale, implementation, config)

@@ -1,0 +1,107 @@
+"""PyTorch's FlexAttention on the benchmarks' own tokens, on a CUDA GPU: the block mask by itself, then attention.
+
+FlexAttention skips blocks that its mask hides, so tokens come already sorted by (group, position), dropped ones cut
+off; that sort is not timed. Needs torch, which is no dependency of this project.
+
+JAX_PLATFORMS=cpu python benchmarks/flex_attention.py --cases '*hash16*'    JSON to benchmarks/results/
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch  # pyright: ignore[reportMissingImports]
+from environment import environment, write
+from selection import Case, select
+from torch.nn.attention.flex_attention import (  # pyright: ignore[reportMissingImports]
+    create_block_mask,
+    flex_attention,
+)
+
+RESULTS = Path(__file__).resolve().parent / "results"
+CALLS = 10  # timed together
+
+
+def main() -> None:
+    """Measures, prints a table, writes JSON."""
+    parser = argparse.ArgumentParser(description="Times torch FlexAttention.")
+    parser.add_argument("--cases", nargs="+", default=["*N12-H64*bf16", "*N16-H128*bf16"], help="as of attention.py")
+    parser.add_argument("--samples", type=int, default=5, help="samples of which the median is taken")
+    parser.add_argument("--out", type=Path, default=RESULTS / "flex-attention-gpu.json")
+    args = parser.parse_args()
+    records = []
+    print(f"ms, medians\n{'case':<36}{'mask':>9}{'fwd':>9}{'f+b':>9}")
+    for case in select(args.cases, "gpu"):
+        record = _record(case, args.samples)
+        records.append(record)
+        ms = {name: 1e3 * seconds for name, seconds in record["seconds"].items()}
+        print(f"{record['case']:<36}{ms['mask']:>9.3f}{ms['forward']:>9.3f}{ms['forward_backward']:>9.3f}", flush=True)
+        torch.compiler.reset()  # or a compiled function stops specialising after a few shapes
+    named = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    write({"environment": environment() | named, "cases": records}, args.out)
+
+
+def _record(case: Case, samples: int) -> dict[str, Any]:
+    s, arrays = case.shape, case.arrays()
+    query, key = (_sorted(case, arrays, side, heads) for side, heads in (("query", s.N), ("key", s.key_heads)))
+    group = s.N // s.key_heads
+
+    def visible(b, h, i, j):
+        seen = query["group"][b, h, i] == key["group"][b, h // group, j]
+        ago = query["position"][b, h, i] - key["position"][b, h // group, j]
+        return seen & (ago >= 0) & (ago < (case.pattern.window or s.T))
+
+    lengths = query["position"].shape[-1], key["position"].shape[-1]
+    build = torch.compile(create_block_mask)
+    make_mask = lambda: build(visible, s.B, s.N, *lengths, device="cuda")
+    mask = make_mask()
+    shapes = [(s.B, heads, length, s.H) for heads, length in ((s.N, lengths[0]), *[(s.key_heads, lengths[1])] * 2)]
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
+    do = torch.randn(shapes[0], device="cuda", dtype=torch.bfloat16)
+    attend = torch.compile(flex_attention)
+
+    def forward() -> Any:
+        return attend(q, k, v, block_mask=mask, enable_gqa=group > 1)
+
+    def forward_backward() -> Any:
+        return torch.autograd.grad(forward(), (q, k, v), do)
+
+    def forward_alone() -> Any:
+        with torch.no_grad():
+            return forward()
+
+    calls = {"mask": make_mask, "forward": forward_alone, "forward_backward": forward_backward}
+    return {"case": str(case), "seconds": {name: _seconds(call, samples) for name, call in calls.items()}}
+
+
+def _sorted(case: Case, arrays: dict[str, Any], side: str, heads: int) -> dict[str, torch.Tensor]:
+    """Group and position of a side's kept tokens in sorted order, int32 [B heads L] each."""
+    length = case.shape.T if side == "query" else case.shape.keys
+    axes = (case.shape.B, length, heads)
+    group = np.broadcast_to(arrays.get(f"{side}_group", np.int32(0)), axes).swapaxes(1, 2)
+    keep = np.broadcast_to(arrays.get(f"{side}_keep", np.True_), axes).swapaxes(1, 2)
+    order = np.lexsort((group, ~keep), axis=-1)[..., : keep.sum(axis=-1).max()]  # stable: positions stay in order
+    take = lambda x: torch.as_tensor(np.take_along_axis(x, order, axis=-1).astype(np.int32), device="cuda")
+    return {"group": take(group), "position": take(np.broadcast_to(np.arange(length), group.shape))}
+
+
+def _seconds(call: Callable[[], Any], samples: int) -> float:
+    for _ in range(3):
+        call()
+    taken = []
+    for _ in range(samples):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(CALLS):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        taken.append(begin.elapsed_time(end) / CALLS / 1e3)
+    return statistics.median(taken)
+
+
+if __name__ == "__main__":
+    main()
