@@ -49,12 +49,12 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit, marked where a tracked file differs from it; None outside a repository."""
+    """The commit, marked where a tracked file differs from it; outside a repository what $GIT_COMMIT says, or None."""
     try:
         commit = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("GIT_COMMIT")
     return f"{commit} with changes" if changed else commit
 
 
