@@ -2,10 +2,11 @@
 
 import os
 
-# Before jax is imported: it reads its flags once.
-_DEVICES = "--xla_force_host_platform_device_count=8"
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+# Before jax is imported: it reads its flags once. Devices to shard over on a CPU; and on a GPU no search for the
+# fastest way of each of the many products that the judges compile.
+for _flag in ("--xla_force_host_platform_device_count=8", "--xla_gpu_autotune_level=0"):
+    if _flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

@@ -49,8 +49,8 @@ def _multiple_of_8(slots: int) -> int:
 def triton_config(dtype: Any, head_dim: int, *, long_runs: bool, capability: float) -> Config:
     """Returns tiles for the Triton implementation.
 
-    Those that were fastest on an H100 at T = 16384 (benchmarks/notes.md): long runs, as of a dense causal plan, want
-    large tiles; short ones, as of 16 buckets, small ones. GPUs with less shared memory keep fewer tiles in flight.
+    Those that were fastest, all in all, on an H100 at T = 16384 (benchmarks/notes.md). GPUs with less shared memory
+    keep fewer tiles in flight.
 
     Args:
         dtype: of q, k and v.
@@ -62,18 +62,14 @@ def triton_config(dtype: Any, head_dim: int, *, long_runs: bool, capability: flo
     if itemsize == 4 or head_dim > 128:
         small = Blocks(rows=32, columns=16 if itemsize * head_dim > 512 else 32, num_warps=4, num_stages=2)
         tiles = (small, small, small)
-    elif not long_runs:
-        small = Blocks(rows=64, columns=32, num_warps=4, num_stages=3)
-        tiles = (small, small, small)
     elif head_dim > 64:
         square = Blocks(rows=64, columns=64, num_warps=4, num_stages=2)
-        tiles = (Blocks(rows=128, columns=64, num_warps=8, num_stages=3), square, square)
+        long = Blocks(rows=128, columns=64, num_warps=8, num_stages=3)
+        short = Blocks(rows=64, columns=32, num_warps=4, num_stages=3)
+        tiles = (long if long_runs else short, square, square)
     else:
-        tiles = (
-            Blocks(rows=128, columns=64, num_warps=4, num_stages=3),
-            Blocks(rows=128, columns=64, num_warps=4, num_stages=2),
-            Blocks(rows=128, columns=32, num_warps=4, num_stages=3),
-        )
+        square = Blocks(rows=64, columns=64, num_warps=4, num_stages=3)
+        tiles = (square, square, square)
     limit = shared_memory(capability)
     # Forward holds q of its rows; dQ also do, dK/dV k and v.
     forward, dq, dkv = (_fit(tile, n, head_dim, itemsize, limit) for tile, n in zip(tiles, (1, 2, 2), strict=True))
