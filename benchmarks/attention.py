@@ -8,11 +8,12 @@ python benchmarks/attention.py --quick              tiny lengths, to see that it
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-from environment import environment, write
+from environment import environment, written
 from memory import memory, shortened
 from passes import Call, dense_calls, make_plan, matmul_call, mha_calls, planned_memory, sparse_calls
 from selection import QUICK_LENGTH, Case, grows, select
@@ -41,27 +42,17 @@ def main() -> None:
     samples = 1 if args.quick else args.samples
     rates = {dtype: _matmul_rate(dtype, platform, args.quick) for dtype in sorted({case.dtype for case in cases})}
     result = {"environment": environment(), "matmul_tflops": rates, "cases": [], "memory": []}
-    baselines: dict[tuple, dict[str, Timing] | str] = {}
-    print(_HEADER)
-    for case in measured:
-        tensors = (case.shape, case.dtype)
-        if tensors not in baselines:
-            baselines[tensors] = _dense(case, platform, samples)
-        baseline = baselines[tensors]
-        if case.pattern.name == "causal" and platform == "gpu" and isinstance(baseline, dict):
-            baseline = baseline | _mha(case, samples)
-        record = _record(case, baseline, args.implementation, samples)
-        result["cases"].append(record)
-        print(_row(record), flush=True)
-    if platform == "cpu" and sys.platform == "linux" and not args.no_memory:
-        series = [case for case in cases if grows(case)]
-        print("\n" + _MEMORY_HEADER)
-        for case in series[:1] if args.quick else series:
-            result["memory"].append(memory(case, length, args.implementation))
-            print(_memory_row(result["memory"]), flush=True)
-    out = args.out or (None if args.quick else RESULTS / f"attention-{platform}.json")
-    if out:
-        write(result, out)
+    with written(result, args.out or (None if args.quick else RESULTS / f"attention-{platform}.json")):
+        print(_HEADER)
+        for case, baseline in _with_baselines(measured, platform, samples):
+            result["cases"].append(_record(case, baseline, args.implementation, samples))
+            print(_row(result["cases"][-1]), flush=True)
+        if platform == "cpu" and sys.platform == "linux" and not args.no_memory:
+            series = [case for case in cases if grows(case)]
+            print("\n" + _MEMORY_HEADER)
+            for case in series[:1] if args.quick else series:
+                result["memory"].append(memory(case, length, args.implementation))
+                print(_memory_row(result["memory"]), flush=True)
 
 
 def _arguments() -> argparse.Namespace:
@@ -81,6 +72,19 @@ def _matmul_rate(dtype: str, platform: str, quick: bool) -> float:
     size = QUICK_LENGTH if quick else 2048 if platform == "cpu" else 8192
     call = matmul_call(dtype, size)
     return 2 * size**3 / measure(call.function, *call.args, samples=5).median / 1e12
+
+
+def _with_baselines(cases: list[Case], platform: str, samples: int) -> Iterator[tuple[Case, dict[str, Timing] | str]]:
+    """Times dense attention once for each shape and dtype, and gives it with each case."""
+    baselines: dict[tuple, dict[str, Timing] | str] = {}
+    for case in cases:
+        tensors = (case.shape, case.dtype)
+        if tensors not in baselines:
+            baselines[tensors] = _dense(case, platform, samples)
+        baseline = baselines[tensors]
+        if case.pattern.name == "causal" and platform == "gpu" and isinstance(baseline, dict):
+            baseline = baseline | _mha(case, samples)
+        yield case, baseline
 
 
 def _dense(case: Case, platform: str, samples: int) -> dict[str, Timing] | str:

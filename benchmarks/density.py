@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from environment import environment, write
+from environment import environment, written
 from passes import Call, dense_calls, make_plan, whole_calls
 from selection import QUICK_LENGTH, Case, Shape, buckets_pattern, dropping
 from timing import measure
@@ -30,18 +30,15 @@ def main() -> None:
     lengths = (QUICK_LENGTH,) if args.quick else args.lengths or (CPU_LENGTHS if platform == "cpu" else GPU_LENGTHS)
     samples = 1 if args.quick else args.samples
     result: dict[str, Any] = {"environment": environment(), "cases": []}
-    for length in lengths:
-        cases = _cases(length, platform)
-        dense = _times(dense_calls(cases[0], "xla" if platform == "cpu" else "cudnn"), samples)
-        print(f"\n{cases[0].shape}: ms, whole calls; x: dense over sparse\n{HEADER}")
-        print(f"{'dense':<19}{dense['dense_forward'] * 1e3:>9.3f}{dense['dense_forward_backward'] * 1e3:>9.3f}")
-        for case in cases:
-            record = _record(case, dense, args.implementation, samples)
-            result["cases"].append(record)
-            print(_row(case, record), flush=True)
-    out = args.out or (None if args.quick else RESULTS / f"density-{platform}.json")
-    if out:
-        write(result, out)
+    with written(result, args.out or (None if args.quick else RESULTS / f"density-{platform}.json")):
+        for length in lengths:
+            cases = _cases(length, platform)
+            dense = _times(dense_calls(cases[0], "xla" if platform == "cpu" else "cudnn"), samples)
+            print(f"\n{cases[0].shape}: ms, whole calls; x: dense over sparse\n{HEADER}")
+            print(f"{'dense':<19}{dense['dense_forward'] * 1e3:>9.3f}{dense['dense_forward_backward'] * 1e3:>9.3f}")
+            for case in cases:
+                result["cases"].append(_record(case, dense, args.implementation, samples))
+                print(_row(case, result["cases"][-1]), flush=True)
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,5 +1,6 @@
 """What a result was measured on, and with what."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -8,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,16 @@ def environment() -> dict[str, Any]:
         "command": _command(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+@contextlib.contextmanager
+def written(result: dict[str, Any], path: Path | None) -> Iterator[None]:
+    """Writes a result when the block ends, however it ends: an interrupted run keeps what it has measured."""
+    try:
+        yield
+    finally:
+        if path is not None:
+            write(result, path)
 
 
 def write(result: dict[str, Any], path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
-from environment import environment, write
+from environment import environment, written
 from selection import Case, select
 from torch.nn.attention.flex_attention import (  # pyright: ignore[reportMissingImports]
     create_block_mask,
@@ -32,16 +32,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=5, help="samples of which the median is taken")
     parser.add_argument("--out", type=Path, default=RESULTS / "flex-attention-gpu.json")
     args = parser.parse_args()
-    records = []
-    print(f"ms, medians\n{'case':<36}{'mask':>9}{'fwd':>9}{'f+b':>9}")
-    for case in select(args.cases, "gpu"):
-        record = _record(case, args.samples)
-        records.append(record)
-        ms = {name: 1e3 * seconds for name, seconds in record["seconds"].items()}
-        print(f"{record['case']:<36}{ms['mask']:>9.3f}{ms['forward']:>9.3f}{ms['forward_backward']:>9.3f}", flush=True)
-        torch.compiler.reset()  # or a compiled function stops specialising after a few shapes
     named = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    write({"environment": environment() | named, "cases": records}, args.out)
+    result: dict[str, Any] = {"environment": environment() | named, "cases": []}
+    with written(result, args.out):
+        print(f"ms, medians\n{'case':<36}{'mask':>9}{'fwd':>9}{'f+b':>9}")
+        for case in select(args.cases, "gpu"):
+            record = _record(case, args.samples)
+            result["cases"].append(record)
+            ms = [1e3 * record["seconds"][name] for name in ("mask", "forward", "forward_backward")]
+            print(f"{record['case']:<36}" + "".join(f"{x:>9.3f}" for x in ms), flush=True)
+            torch.compiler.reset()  # or a compiled function stops specialising after a few shapes
 
 
 def _record(case: Case, samples: int) -> dict[str, Any]:
