@@ -61,12 +61,14 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit, marked where a tracked file differs from it; outside a repository what $GIT_COMMIT says, or None."""
+    """The commit, marked where a tracked file differs from it, or what $GIT_COMMIT says; None outside a repository."""
+    if "GIT_COMMIT" in os.environ:
+        return os.environ["GIT_COMMIT"]
     try:
         commit = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT")
+        return None
     return f"{commit} with changes" if changed else commit
 
 

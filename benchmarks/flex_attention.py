@@ -7,6 +7,7 @@ JAX_PLATFORMS=cpu python benchmarks/flex_attention.py --cases '*hash16*'    JSON
 """
 
 import argparse
+import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.nn.attention.flex_attention import (  # pyright: ignore[reportMissing
     flex_attention,
 )
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its pool of processes takes minutes to start
 RESULTS = Path(__file__).resolve().parent / "results"
 CALLS = 10  # timed together
 

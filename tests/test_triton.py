@@ -124,7 +124,9 @@ def test_long_tiles_start_first():
     position = np.arange(length)
     bucket = jnp.asarray(np.where(position % 2 == 0, 5, position // 2 % 16), jnp.int32)[None, :, None]
     runs = sfj.hash_sparse(bucket, bucket).runs
-    order = launch.longest_first(runs.k_start, runs.k_stop, Blocks(rows, 16), batch=1, heads=1, group=1)
+    order = launch.longest_first(
+        runs.k_start, runs.k_stop, Blocks(rows, 16), last_first=True, batch=1, heads=1, group=1
+    )
     assert sorted(order.tolist()) == list(range(length // rows))
     work = np.asarray(runs.k_stop[0, 0, rows - 1 :: rows] - runs.k_start[0, 0, ::rows])
     started = work[np.asarray(order)]
@@ -132,7 +134,11 @@ def test_long_tiles_start_first():
     assert (np.diff(np.floor(np.log2(np.maximum(started / work.mean(), 1)))) <= 0).all()
 
 
-def test_even_tiles_stay_head_by_head():
+@pytest.mark.parametrize(
+    ("last_first", "expected"), [(True, [3, 2, 1, 0, 7, 6, 5, 4]), (False, [0, 1, 2, 3, 4, 5, 6, 7])]
+)
+def test_even_tiles_stay_head_by_head(last_first, expected):
     runs = sfj.causal(128).runs
-    order = launch.longest_first(runs.k_start, runs.k_stop, Blocks(32, 32), batch=1, heads=2, group=1)
-    assert order.tolist() == [3, 2, 1, 0, 7, 6, 5, 4]
+    options = {"last_first": last_first, "batch": 1, "heads": 2, "group": 1}
+    order = launch.longest_first(runs.k_start, runs.k_stop, Blocks(32, 32), **options)
+    assert order.tolist() == expected

@@ -63,10 +63,10 @@ def triton_config(dtype: Any, head_dim: int, *, long_runs: bool, capability: flo
         small = Blocks(rows=32, columns=16 if itemsize * head_dim > 512 else 32, num_warps=4, num_stages=2)
         tiles = (small, small, small)
     elif head_dim > 64:
+        tall = Blocks(rows=128, columns=64, num_warps=8, num_stages=3)
+        small = Blocks(rows=64, columns=32, num_warps=4, num_stages=3)
         square = Blocks(rows=64, columns=64, num_warps=4, num_stages=2)
-        long = Blocks(rows=128, columns=64, num_warps=8, num_stages=3)
-        short = Blocks(rows=64, columns=32, num_warps=4, num_stages=3)
-        tiles = (long if long_runs else short, square, square)
+        tiles = (tall if long_runs else small, tall, square)
     else:
         square = Blocks(rows=64, columns=64, num_warps=4, num_stages=3)
         tiles = (square, square, square)

@@ -100,6 +100,7 @@ def backward_dq(
         (q,),
         scale=scale,
         block=config.dq,
+        last_first=True,
         config=config,
         name="interval_attention_dq",
     )
@@ -127,6 +128,7 @@ def backward_dkv(
         (k, v),
         scale=scale,
         block=config.dkv,
+        last_first=False,
         config=config,
         name="interval_attention_dkv",
     )

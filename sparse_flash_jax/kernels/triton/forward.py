@@ -68,6 +68,7 @@ def forward(
         (q, jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)),
         scale=scale,
         block=config.forward,
+        last_first=True,
         config=config,
         name="interval_attention_forward",
     )

@@ -30,6 +30,7 @@ def launch(
     *,
     scale: float,
     block: Blocks,
+    last_first: bool,
     config: Config,
     name: str,
 ) -> list[Array]:
@@ -44,6 +45,8 @@ def launch(
         outputs: of their shapes and dtypes, with the rows' batch, heads and length.
         scale: factor on the scores.
         block: the tile.
+        last_first: whether later tiles, of runs of equal length, start before earlier ones: the longest of a causal
+            head are the last tiles of queries, and the first of keys.
         config: which says whether to round to tf32, and to interpret.
         name: of the kernel, as profilers show it.
     """
@@ -53,7 +56,7 @@ def launch(
     tiles = pl.cdiv(rows[0].shape[2], block.rows)
     padding = (0, 0), (0, 0), (0, -bounds[0].shape[2] % block.rows)
     start, stop = (jnp.pad(x, padding, mode="edge") for x in bounds)  # the last value again, so still monotone
-    order = longest_first(start, stop, block, batch=batch, heads=heads, group=heads // row_heads)
+    order = longest_first(start, stop, block, last_first=last_first, batch=batch, heads=heads, group=heads // row_heads)
     # Raised anew at each lowering; this one message, and no other, is silenced.
     warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
     varying = jax.typeof(rows[0]).manual_axis_type
@@ -105,23 +108,30 @@ def _precision(dtype: Any, config: Config) -> lax.Precision:
 
 
 def longest_first(
-    start: Int32[Array, "b a M"], stop: Int32[Array, "b a M"], block: Blocks, *, batch: int, heads: int, group: int
+    start: Int32[Array, "b a M"],
+    stop: Int32[Array, "b a M"],
+    block: Blocks,
+    *,
+    last_first: bool,
+    batch: int,
+    heads: int,
+    group: int,
 ) -> Int32[Array, " programs"]:
     """Returns the programs, numbered ((batch, head), tile), in the order in which to start them.
 
     Tiles far longer than the mean come first, so that none of them starts when the others have ended. The rest stay
-    head by head, where neighbours read the same keys, with the last tile, a causal head's longest, first. A program
-    does the work of `group` of the `heads` heads.
+    head by head, where neighbours read the same keys. A program does the work of `group` of the `heads` heads.
     """
     work = stop[..., block.rows - 1 :: block.rows] - start[..., :: block.rows]
     work = jnp.broadcast_to(jnp.repeat(work, heads // work.shape[1], axis=1), (batch, heads, work.shape[2]))
-    work = work.reshape(batch, heads // group, group, -1).sum(axis=2)[..., ::-1].astype(jnp.float32)
+    work = work.reshape(batch, heads // group, group, -1).sum(axis=2).astype(jnp.float32)
     times_mean = work / jnp.maximum(jnp.mean(work), 1.0)
     rank = -jnp.floor(jnp.log2(jnp.maximum(times_mean, 1.0))).astype(jnp.int32)
+    rank = jnp.flip(rank, axis=2) if last_first else rank
     # One int32 a program, rank above place: at most log2(size) ranks, so it fits for up to 2^26 programs.
     ranked = jnp.sort(rank.reshape(-1) * work.size + jnp.arange(work.size, dtype=jnp.int32))
     place, tiles = ranked % work.size, work.shape[-1]
-    return place + tiles - 1 - 2 * (place % tiles)
+    return place + tiles - 1 - 2 * (place % tiles) if last_first else place
 
 
 def place(order_ref: Any, heads: int, tiles: int) -> tuple[Array, Array, Array]:
