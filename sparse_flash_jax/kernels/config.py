@@ -66,7 +66,7 @@ def triton_config(dtype: Any, head_dim: int, *, long_runs: bool, capability: flo
         tall = Blocks(rows=128, columns=64, num_warps=8, num_stages=3)
         small = Blocks(rows=64, columns=32, num_warps=4, num_stages=3)
         square = Blocks(rows=64, columns=64, num_warps=4, num_stages=2)
-        tiles = (tall if long_runs else small, tall, square)
+        tiles = (tall, tall, square) if long_runs else (small, square, square)
     else:
         square = Blocks(rows=64, columns=64, num_warps=4, num_stages=3)
         tiles = (square, square, square)
