@@ -19,19 +19,41 @@ class Blocks:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class HopperBlocks:
+    """Tile of one pass of the Mosaic kernels: 64 rows for each of one to three warpgroups that compute."""
+
+    warpgroups: int
+    columns: int
+    """Slots streamed past the rows in a step."""
+    num_stages: int
+    """Streamed tiles in flight."""
+    overlap: bool = False
+    """Whether the last product of a step runs under the next step's softmax, and warpgroups take turns in issuing."""
+    tiles: int = 1
+    """Tiles that one program walks through, loading ahead: for short runs."""
+    rows_in_registers: bool = False
+    """dK/dV: whether k and v are first operands from registers, not from shared memory."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile."""
+        return 64 * self.warpgroups
+
+
+@dataclasses.dataclass(frozen=True)
+class Config[Tile: Blocks | HopperBlocks]:
     """Tiles of the three passes."""
 
-    forward: Blocks
-    dq: Blocks
-    dkv: Blocks
+    forward: Tile
+    dq: Tile
+    dkv: Tile
     tf32: bool = False
     """Whether float32 products on a GPU's tensor cores may round their operands to tf32."""
     interpret: bool = False
     """Whether GPU kernels run in Pallas' interpreter, on any device and slowly: for tests."""
 
 
-def xla_config(query_slots: int, key_slots: int) -> Config:
+def xla_config(query_slots: int, key_slots: int) -> Config[Blocks]:
     """Returns tiles for the XLA implementation.
 
     128 x 64 is the best all-round tile on two CPU cores (benchmarks/notes.md): a larger one is a fifth faster where
@@ -46,7 +68,7 @@ def _multiple_of_8(slots: int) -> int:
     return -(-slots // 8) * 8
 
 
-def triton_config(dtype: Any, head_dim: int, *, long_runs: bool, capability: float) -> Config:
+def triton_config(dtype: Any, head_dim: int, *, long_runs: bool, capability: float) -> Config[Blocks]:
     """Returns tiles for the Triton implementation.
 
     Those that were fastest, all in all, on an H100 at T = 16384 (benchmarks/notes.md). GPUs with less shared memory

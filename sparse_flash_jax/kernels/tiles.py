@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32
 
+LOG2E = 1.4426950408889634
+"""exp2 is one instruction on a GPU, exp two: scores are scaled by log2(e) there."""
+
 LOWEST = -1e30
 """Score of a hidden pair: finite, so that a row of hidden pairs has no NaN in it; visible scores must lie above it."""
 

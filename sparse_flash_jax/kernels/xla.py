@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from sparse_flash_jax.kernels.config import Config
+from sparse_flash_jax.kernels.config import Blocks, Config
 from sparse_flash_jax.kernels.tiles import LOWEST, Runs, sweep, tile_range
 
 
@@ -26,7 +26,7 @@ def forward(
     runs: Runs,
     *,
     scale: float,
-    config: Config,
+    config: Config[Blocks],
 ) -> tuple[Float[Array, "B N T H"], Float32[Array, "B N T"]]:
     """Returns o in q's dtype, and lse with -inf where a row sees nothing."""
     batch, heads, length, _ = q.shape
@@ -70,7 +70,7 @@ def backward_dq(
     delta: Float32[Array, "B N T"],
     *,
     scale: float,
-    config: Config,
+    config: Config[Blocks],
 ) -> Float[Array, "B N T H"]:
     """Returns dq in q's dtype; `delta` is sum(o * do) less the cotangent of lse."""
     batch, heads, length, _ = q.shape
@@ -106,7 +106,7 @@ def backward_dkv(
     delta: Float32[Array, "B N T"],
     *,
     scale: float,
-    config: Config,
+    config: Config[Blocks],
 ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
     """Returns dk and dv in k's dtype: the same loop over the transposed runs, summed over the heads of a group."""
     batch, key_heads, length, _ = k.shape

@@ -11,8 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32
 
-from sparse_flash_jax.kernels.config import Config
-from sparse_flash_jax.kernels.tiles import Runs, sweep
+from sparse_flash_jax.kernels.config import Blocks, Config
+from sparse_flash_jax.kernels.tiles import LOG2E, Runs, sweep
 from sparse_flash_jax.kernels.triton import launch
 
 
@@ -24,12 +24,12 @@ def _dq_kernel(order, k_start, k_stop, q, do, lse, delta, k, v, dq, *, scale, bl
     start, stop = k_start[*row, rows], k_stop[*row, rows]  # [rows]
     head = n // group
     q_tile, do_tile = q[b, n, rows, :], do[b, n, rows, :]  # [rows, H]
-    lse_row, delta_row = lse[b, n, rows] * launch.LOG2E, delta[b, n, rows]  # [rows]
+    lse_row, delta_row = lse[b, n, rows] * LOG2E, delta[b, n, rows]  # [rows]
 
     def step(j, acc, *, masked):
         columns = pl.ds(j * block.columns, block.columns)
         k_tile, v_tile = k[b, head, columns, :], v[b, head, columns, :]  # [columns, H]
-        s = launch.dot(q_tile, k_tile, contract=(1, 1), precision=precision) * (scale * launch.LOG2E)
+        s = launch.dot(q_tile, k_tile, contract=(1, 1), precision=precision) * (scale * LOG2E)
         p = jnp.exp2(s - lse_row[:, None])
         ds = p * (launch.dot(do_tile, v_tile, contract=(1, 1), precision=precision) - delta_row[:, None])
         if masked:
@@ -58,8 +58,8 @@ def _dkv_kernel(
             dk_acc, dv_acc = carry
             columns = pl.ds(j * block.columns, block.columns)
             q_tile, do_tile = q[b, n, columns, :], do[b, n, columns, :]  # [columns, H]
-            lse_column, delta_column = lse[b, n, columns] * launch.LOG2E, delta[b, n, columns]  # [columns]
-            s = launch.dot(k_tile, q_tile, contract=(1, 1), precision=precision) * (scale * launch.LOG2E)
+            lse_column, delta_column = lse[b, n, columns] * LOG2E, delta[b, n, columns]  # [columns]
+            s = launch.dot(k_tile, q_tile, contract=(1, 1), precision=precision) * (scale * LOG2E)
             p = jnp.exp2(s - lse_column[None, :])
             dp = launch.dot(v_tile, do_tile, contract=(1, 1), precision=precision) - delta_column[None, :]
             ds = p * dp
@@ -89,7 +89,7 @@ def backward_dq(
     delta: Float32[Array, "B N T"],
     *,
     scale: float,
-    config: Config,
+    config: Config[Blocks],
 ) -> Float[Array, "B N T H"]:
     """Returns dq in q's dtype; `delta` is sum(o * do) less the cotangent of lse."""
     (dq,) = launch.launch(
@@ -117,7 +117,7 @@ def backward_dkv(
     delta: Float32[Array, "B N T"],
     *,
     scale: float,
-    config: Config,
+    config: Config[Blocks],
 ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
     """Returns dk and dv in k's dtype, summed over the query heads of a group."""
     dk, dv = launch.launch(

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32
 
-from sparse_flash_jax.kernels.config import Config
-from sparse_flash_jax.kernels.tiles import LOWEST, Runs, sweep
+from sparse_flash_jax.kernels.config import Blocks, Config
+from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, sweep
 from sparse_flash_jax.kernels.triton import launch
 
 
@@ -30,7 +30,7 @@ def _kernel(order, k_start, k_stop, q, k, v, o, lse, *, scale, block, heads, gro
         top, total, acc = carry
         columns = pl.ds(j * block.columns, block.columns)
         k_tile, v_tile = k[b, head, columns, :], v[b, head, columns, :]  # [columns, H]
-        s = launch.dot(q_tile, k_tile, contract=(1, 1), precision=precision) * (scale * launch.LOG2E)
+        s = launch.dot(q_tile, k_tile, contract=(1, 1), precision=precision) * (scale * LOG2E)
         seen = launch.visible(start, stop, j, block.columns) if masked else None
         s = s if seen is None else jnp.where(seen, s, LOWEST)
         new_top = jnp.maximum(top, jnp.max(s, axis=1))
@@ -47,7 +47,7 @@ def _kernel(order, k_start, k_stop, q, k, v, o, lse, *, scale, block, heads, gro
     some = total > 0
     total = jnp.where(some, total, 1.0)
     o[b, n, rows, :] = (acc / total[:, None]).astype(o.dtype)
-    lse[b, n, rows] = jnp.where(some, (top + jnp.log2(total)) / launch.LOG2E, -jnp.inf)
+    lse[b, n, rows] = jnp.where(some, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
 
 
 def forward(
@@ -57,7 +57,7 @@ def forward(
     runs: Runs,
     *,
     scale: float,
-    config: Config,
+    config: Config[Blocks],
 ) -> tuple[Float[Array, "B N T H"], Float32[Array, "B N T"]]:
     """Returns o in q's dtype, and lse with -inf where a row sees nothing."""
     o, lse = launch.launch(

@@ -15,9 +15,6 @@ from jaxtyping import Array, Int32
 from sparse_flash_jax.kernels.config import Blocks, Config
 from sparse_flash_jax.kernels.tiles import TileRange, tile_range
 
-LOG2E = 1.4426950408889634
-"""exp2 is one instruction on the GPU, exp two: scores are scaled by log2(e)."""
-
 _SMALLEST = 16  # side of a product's operands
 
 
@@ -31,7 +28,7 @@ def launch(
     scale: float,
     block: Blocks,
     last_first: bool,
-    config: Config,
+    config: Config[Blocks],
     name: str,
 ) -> list[Array]:
     """Returns a kernel's outputs, computed tile of rows by tile of rows.
@@ -102,7 +99,7 @@ def _pad(x: Array, side: int) -> Array:
     return jnp.pad(x, widths) if any(high for _, high in widths) else x
 
 
-def _precision(dtype: Any, config: Config) -> lax.Precision:
+def _precision(dtype: Any, config: Config[Blocks]) -> lax.Precision:
     """Full float32 for float32 operands, unless the config allows tf32."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 and not config.tf32 else lax.Precision.DEFAULT
 

@@ -1,0 +1,347 @@
+"""Backward on Hopper: dq of a tile of queries; dk and dv of a tile of keys, from the transposed runs, as in program.py.
+
+for each tile of columns:
+    p  = exp2(s - lse), hidden pairs 0              s = q k^T for dq, k q^T for dk and dv
+    ds = p * (do v^T - delta)
+    dq += ds k          or          dv += p do, dk += ds q, summed over the query heads of a group in turn
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32
+
+from sparse_flash_jax.kernels.config import Config, HopperBlocks
+from sparse_flash_jax.kernels.mosaic.launch import buffers, launch, padded_head_dim, ring_barriers, row_buffers
+from sparse_flash_jax.kernels.mosaic.program import (
+    BY_COLUMN,
+    BY_ROW,
+    LAYOUT,
+    WARPGROUP_ROWS,
+    Feed,
+    Program,
+    Shapes,
+    Turns,
+    after_first,
+    compute_tiles,
+    load_columns,
+    multiply_from_registers,
+    over_members,
+    product,
+    split_roles,
+    spread_columns,
+    spread_rows,
+    visible,
+)
+from sparse_flash_jax.kernels.tiles import LOG2E, Runs, sweep
+
+
+def _dq_kernel(
+    k_start,
+    k_stop,
+    q,
+    do,
+    lse,
+    delta,
+    k,
+    v,
+    dq,
+    q_tile,
+    do_tile,
+    k_ring,
+    v_ring,
+    rows_ready,
+    k_ready,
+    v_ready,
+    k_free,
+    v_free,
+    turn,
+    stage=None,
+    *,
+    scale: float,
+    shapes: Shapes,
+):
+    program, block = Program(shapes), shapes.block
+    b, n = program.batch, program.head
+    head = lax.div(n, jnp.int32(shapes.group))
+    dtype = q.dtype
+    tile = (WARPGROUP_ROWS, block.columns)
+    stage = None if stage is None else stage.at[program.warpgroup]
+
+    def fetch(r):
+        own, rows = program.own(r), program.rows(r)
+        plgpu.copy_gmem_to_smem(q.at[b, n, rows], q_tile.at[own], rows_ready.at[own])
+        plgpu.copy_gmem_to_smem(do.at[b, n, rows], do_tile.at[own], rows_ready.at[own])
+
+    def compute(turns, r, taken):
+        visited, rows, own = program.columns(r, k_start, k_stop), program.rows(r), program.own(r)
+        seen = (*program.bounds(k_start, 0), rows)
+        load = functools.partial(plgpu.load, layout=BY_ROW, optimized=False)
+        start, stop = load(k_start.at[*seen]), load(k_stop.at[*seen])
+        lse_row, delta_row = load(lse.at[b, n, rows]), load(delta.at[b, n, rows])
+        slot = lambda j: program.slot(taken + j - visited.start)
+        plgpu.barrier_wait(rows_ready.at[own])
+
+        def issue(s_ref, dp_ref, j):
+            plgpu.barrier_wait(k_ready.at[slot(j)])
+            turns.take()
+            plgpu.wgmma(s_ref, q_tile.at[own], k_ring.at[slot(j)].T)
+            plgpu.barrier_wait(v_ready.at[slot(j)])
+            plgpu.wgmma(dp_ref, do_tile.at[own], v_ring.at[slot(j)].T)
+
+        def gradient(s_ref, dp_ref, j, masked, behind):
+            """ds of a step, both products issued and `behind` more after them."""
+            s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1 + behind)
+            p = jnp.exp2(s * (scale * LOG2E) - spread_rows(lse_row, tile))
+            dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=behind)
+            plgpu.barrier_arrive(v_free.at[slot(j)])
+            ds = p * (dp - spread_rows(delta_row, tile))
+            if masked:
+                ds = jnp.where(visible(start, stop, j * block.columns, tile), ds, 0.0)
+            return ds.astype(dtype)
+
+        def accumulate(acc):
+            def alone(j, masked):
+                def multiply(s_ref, dp_ref):
+                    issue(s_ref, dp_ref, j)
+                    turns.give()
+                    return gradient(s_ref, dp_ref, j, masked, 0)
+
+                return pl.run_scoped(multiply, product(tile), product(tile))
+
+            def finish(ds, j):
+                multiply_from_registers(acc, ds, k_ring.at[slot(j)], stage)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(k_free.at[slot(j)])
+
+            def step(j, carry, *, masked):
+                finish(alone(j, masked), j)
+                return carry
+
+            def overlapped(j, before, *, masked):
+                def multiply(s_ref, dp_ref):
+                    issue(s_ref, dp_ref, j)
+                    plgpu.wgmma_wait(2)  # waits for nothing, and keeps the products apart
+                    multiply_from_registers(acc, before, k_ring.at[slot(j - 1)], stage)
+                    turns.give()
+                    return gradient(s_ref, dp_ref, j, masked, 1)
+
+                ds = pl.run_scoped(multiply, product(tile), product(tile))
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(k_free.at[slot(j - 1)])
+                return lax.optimization_barrier((before, ds))[1]  # or ds might take the registers of `before` too soon
+
+            if block.overlap:
+                finish(sweep(overlapped, after_first(visited), alone(visited.start, True)), visited.stop - 1)
+            else:
+                sweep(step, visited, jnp.int32(0))
+            return acc[...]
+
+        acc = pl.run_scoped(accumulate, product((WARPGROUP_ROWS, q.shape[3])))
+        q_tile[own] = (acc * scale).astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_tile.at[own], dq.at[b, n, rows])
+        return taken + visited.stop - visited.start
+
+    def computing():
+        turns = Turns(program, turn)
+        compute_tiles(program, fetch, functools.partial(compute, turns))
+        turns.close()
+
+    def loading():
+        def load(source, ring, ready):
+            def copy(member, j, buffer):
+                columns = pl.ds(j * block.columns, block.columns)
+                plgpu.copy_gmem_to_smem(source.at[b, head, columns], ring.at[buffer], ready.at[buffer])
+
+            return copy
+
+        ranges = lambda r, member: program.columns(r, k_start, k_stop)
+        load_columns(program, ranges, [Feed(k_free, load(k, k_ring, k_ready)), Feed(v_free, load(v, v_ring, v_ready))])
+
+    split_roles(block, computing, loading)
+
+
+def _dkv_kernel(
+    q_start,
+    q_stop,
+    k,
+    v,
+    q,
+    do,
+    lse,
+    delta,
+    dk,
+    dv,
+    k_tile,
+    v_tile,
+    q_ring,
+    do_ring,
+    lse_ring,
+    delta_ring,
+    rows_ready,
+    q_ready,
+    do_ready,
+    q_free,
+    do_free,
+    stage=None,
+    *,
+    scale: float,
+    shapes: Shapes,
+):
+    program, block = Program(shapes), shapes.block
+    b, head = program.batch, program.head
+    dtype = k.dtype
+    tile = (WARPGROUP_ROWS, block.columns)
+    interpreted = stage is not None
+    stage = stage.at[program.warpgroup] if interpreted else None
+
+    def fetch(r):
+        own, rows = program.own(r), program.rows(r)
+        plgpu.copy_gmem_to_smem(k.at[b, head, rows], k_tile.at[own], rows_ready.at[own])
+        plgpu.copy_gmem_to_smem(v.at[b, head, rows], v_tile.at[own], rows_ready.at[own])
+
+    def compute(r, taken):
+        rows, own = program.rows(r), program.own(r)
+        plgpu.barrier_wait(rows_ready.at[own])
+        k_rows, v_rows = k_tile.at[own], v_tile.at[own]
+        if block.rows_in_registers and not interpreted:
+            k_rows, v_rows = plgpu.load(k_rows, layout=LAYOUT), plgpu.load(v_rows, layout=LAYOUT)
+
+        def of_member(dk_acc, dv_acc, member, taken):
+            visited = program.columns(r, q_start, q_stop, member)
+            seen = (*program.bounds(q_start, member), rows)
+            start, stop = (plgpu.load(ref.at[*seen], layout=BY_ROW, optimized=False) for ref in (q_start, q_stop))
+            slot = lambda j: program.slot(taken + j - visited.start)
+            load = lambda ring, j: spread_columns(plgpu.load(ring.at[slot(j)], layout=BY_COLUMN), tile)
+
+            def step(j, carry, *, masked):
+                mask = visible(start, stop, j * block.columns, tile) if masked else None
+
+                def multiply(s_ref, dp_ref):
+                    plgpu.barrier_wait(q_ready.at[slot(j)])
+                    plgpu.wgmma(s_ref, k_rows, q_ring.at[slot(j)].T)
+                    plgpu.barrier_wait(do_ready.at[slot(j)])
+                    plgpu.wgmma(dp_ref, v_rows, do_ring.at[slot(j)].T)
+                    s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+                    p = jnp.exp2(s * (scale * LOG2E) - load(lse_ring, j))
+                    p = p if mask is None else jnp.where(mask, p, 0.0)
+                    multiply_from_registers(dv_acc, p.astype(dtype), do_ring.at[slot(j)], stage)
+                    dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
+                    ds = p * (dp - load(delta_ring, j))
+                    ds = ds if mask is None else jnp.where(mask, ds, 0.0)
+                    return ds.astype(dtype)
+
+                ds = pl.run_scoped(multiply, product(tile), product(tile))
+                multiply_from_registers(dk_acc, ds, q_ring.at[slot(j)], stage)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(q_free.at[slot(j)])
+                plgpu.barrier_arrive(do_free.at[slot(j)])
+                return carry
+
+            sweep(step, visited, jnp.int32(0))
+            return taken + visited.stop - visited.start
+
+        def accumulate(dk_acc, dv_acc):
+            visit = functools.partial(of_member, dk_acc, dv_acc)
+            return over_members(shapes.members, visit, taken), dk_acc[...], dv_acc[...]
+
+        acc = product((WARPGROUP_ROWS, k.shape[3]))
+        taken, dk_sum, dv_sum = pl.run_scoped(accumulate, acc, acc)
+        k_tile[own] = (dk_sum * scale).astype(dtype)
+        v_tile[own] = dv_sum.astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(k_tile.at[own], dk.at[b, head, rows])
+        plgpu.copy_smem_to_gmem(v_tile.at[own], dv.at[b, head, rows])
+        return taken
+
+    def loading():
+        def load(source, ring, per_row, row_ring, ready):
+            def copy(member, j, buffer):
+                n, columns = head * shapes.members + member, pl.ds(j * block.columns, block.columns)
+                plgpu.copy_gmem_to_smem(source.at[b, n, columns], ring.at[buffer], ready.at[buffer])
+                plgpu.copy_gmem_to_smem(per_row.at[b, n, columns], row_ring.at[buffer], ready.at[buffer])
+
+            return copy
+
+        feeds = [
+            Feed(q_free, load(q, q_ring, lse, lse_ring, q_ready)),
+            Feed(do_free, load(do, do_ring, delta, delta_ring, do_ready)),
+        ]
+        load_columns(program, lambda r, member: program.columns(r, q_start, q_stop, member), feeds)
+
+    split_roles(block, lambda: compute_tiles(program, fetch, compute), loading)
+
+
+def backward_dq(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    runs: Runs,
+    lse: Float32[Array, "B N T"],
+    do: Float[Array, "B N T H"],
+    delta: Float32[Array, "B N T"],
+    *,
+    scale: float,
+    config: Config[HopperBlocks],
+) -> Float[Array, "B N T H"]:
+    """Returns dq in q's dtype; `delta` is sum(o * do) less the cotangent of lse."""
+    block, head_dim = config.dq, padded_head_dim(q.shape[3])
+    held = row_buffers(block)
+    ready, free = ring_barriers(block)
+    own = buffers(held, WARPGROUP_ROWS, head_dim, q.dtype)
+    ring = buffers(block.num_stages, block.columns, head_dim, q.dtype)
+    turn = plgpu.Barrier(num_barriers=block.warpgroups)
+    (dq,) = launch(
+        _dq_kernel,
+        (runs.k_start, runs.k_stop),
+        (q, do, lse * LOG2E, delta),
+        (k, v),
+        (q,),
+        (own, own, ring, ring, plgpu.Barrier(num_arrivals=2, num_barriers=held), ready, ready, free, free, turn),
+        scale=scale,
+        block=block,
+        last_first=True,
+        config=config,
+        name="interval_attention_dq",
+    )
+    return dq
+
+
+def backward_dkv(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    runs: Runs,
+    lse: Float32[Array, "B N T"],
+    do: Float[Array, "B N T H"],
+    delta: Float32[Array, "B N T"],
+    *,
+    scale: float,
+    config: Config[HopperBlocks],
+) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    """Returns dk and dv in k's dtype, summed over the query heads of a group."""
+    block, head_dim = config.dkv, padded_head_dim(k.shape[3])
+    held = row_buffers(block)
+    ready, free = ring_barriers(block, arrivals=2)
+    own = buffers(held, WARPGROUP_ROWS, head_dim, k.dtype)
+    ring = buffers(block.num_stages, block.columns, head_dim, k.dtype)
+    vector = plgpu.SMEM((block.num_stages, block.columns), jnp.float32)
+    rows_ready = plgpu.Barrier(num_arrivals=2, num_barriers=held)
+    dk, dv = launch(
+        _dkv_kernel,
+        (runs.q_start, runs.q_stop),
+        (k, v),
+        (q, do, lse * LOG2E, delta),
+        (k, v),
+        (own, own, ring, ring, vector, vector, rows_ready, ready, ready, free, free),
+        scale=scale,
+        block=block,
+        last_first=False,
+        config=config,
+        name="interval_attention_dkv",
+    )
+    return dk, dv

@@ -1,0 +1,236 @@
+"""Forward on Hopper: o and lse of 64 rows of queries for each computing warpgroup, as in program.py.
+
+    s = q k^T                              product 1, operands in shared memory
+    top, total, p = online softmax of s    in base 2
+    o = o * keep + p v                     product 2, p in registers
+
+With overlap, product 2 of one step runs while the next step's product 1 waits for its softmax.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32
+
+from sparse_flash_jax.kernels.config import Config, HopperBlocks
+from sparse_flash_jax.kernels.mosaic.launch import buffers, launch, padded_head_dim, ring_barriers, row_buffers
+from sparse_flash_jax.kernels.mosaic.program import (
+    BY_ROW,
+    LAYOUT,
+    WARPGROUP_ROWS,
+    Feed,
+    Program,
+    Shapes,
+    Turns,
+    accumulate,
+    after_first,
+    compute_tiles,
+    load_columns,
+    multiply_from_registers,
+    product,
+    split_roles,
+    spread_rows,
+    visible,
+)
+from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, sweep
+
+
+def _kernel(
+    k_start,
+    k_stop,
+    q,
+    k,
+    v,
+    o,
+    lse,
+    q_tile,
+    k_ring,
+    v_ring,
+    lse_tile,
+    q_ready,
+    k_ready,
+    v_ready,
+    k_free,
+    v_free,
+    turn,
+    stage=None,
+    *,
+    scale: float,
+    shapes: Shapes,
+):
+    program, block = Program(shapes), shapes.block
+    b, n = program.batch, program.head
+    head = lax.div(n, jnp.int32(shapes.group))
+    head_dim, dtype = q.shape[3], q.dtype
+    tile = (WARPGROUP_ROWS, block.columns)
+    factor = scale * LOG2E
+    stage = None if stage is None else stage.at[program.warpgroup]
+
+    def fetch(r):
+        own = program.own(r)
+        plgpu.copy_gmem_to_smem(q.at[b, n, program.rows(r)], q_tile.at[own], q_ready.at[own])
+
+    def compute(turns, r, taken):
+        visited, rows, own = program.columns(r, k_start, k_stop), program.rows(r), program.own(r)
+        seen = (*program.bounds(k_start, 0), rows)
+        start, stop = (plgpu.load(ref.at[*seen], layout=BY_ROW, optimized=False) for ref in (k_start, k_stop))
+        slot = lambda j: program.slot(taken + j - visited.start)
+        plgpu.barrier_wait(q_ready.at[own])
+
+        def softmax(s, top, total, j, masked):
+            if masked:
+                s = jnp.where(visible(start, stop, j * block.columns, tile), s, LOWEST)
+            new_top = jnp.maximum(top, s.max(axis=1) * factor)
+            keep = jnp.exp2(top - new_top)
+            # Where a row has seen nothing yet, its hidden scores must not count as the largest.
+            base = jnp.where(new_top <= LOWEST * 1e-2, 0.0, new_top) if masked else new_top
+            p = jnp.exp2(s * factor - spread_rows(base, tile))
+            return p.astype(dtype), new_top, total * keep + p.sum(axis=1), keep
+
+        def scores(j):
+            def multiply(acc):
+                plgpu.wgmma(acc, q_tile.at[own], k_ring.at[slot(j)].T)
+                return acc[...]
+
+            s = pl.run_scoped(multiply, product(tile))
+            plgpu.barrier_arrive(k_free.at[slot(j)])
+            return s
+
+        def add_values(acc, p, j):
+            plgpu.barrier_wait(v_ready.at[slot(j)])
+            if stage is None:
+                acc = accumulate(lambda ref: plgpu.wgmma(ref, p, v_ring.at[slot(j)]), acc)
+            else:
+
+                def multiply(ref):
+                    multiply_from_registers(ref, p, v_ring.at[slot(j)], stage)
+                    return ref[...]
+
+                acc = acc + pl.run_scoped(multiply, product((WARPGROUP_ROWS, head_dim)))
+            return acc
+
+        def step(j, carry, *, masked):
+            acc, top, total = carry
+            plgpu.barrier_wait(k_ready.at[slot(j)])
+            p, top, total, keep = softmax(scores(j), top, total, j, masked)
+            acc = add_values(acc * spread_rows(keep, acc.shape), p, j)
+            plgpu.barrier_arrive(v_free.at[slot(j)])
+            return acc, top, total
+
+        def overlapped(j, carry, *, masked):
+            acc, top, total, p = carry
+            plgpu.barrier_wait(k_ready.at[slot(j)])
+            turns.take()
+            if stage is not None:
+                s = scores(j)
+                acc = add_values(acc, p, j - 1)
+                turns.give()
+                p, top, total, keep = softmax(s, top, total, j, masked)
+            else:
+
+                def both(acc_ref, p_ref, top_ref, total_ref, keep_ref):
+                    def multiply(s_ref):
+                        plgpu.wgmma(s_ref, q_tile.at[own], k_ring.at[slot(j)].T)
+                        plgpu.wgmma_wait(1)  # waits for nothing, and keeps the two products apart
+                        plgpu.barrier_wait(v_ready.at[slot(j - 1)])
+                        plgpu.wgmma(acc_ref, p, v_ring.at[slot(j - 1)])
+                        turns.give()
+                        s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+                        plgpu.barrier_arrive(k_free.at[slot(j)])
+                        p_ref[...], top_ref[...], total_ref[...], keep_ref[...] = softmax(s, top, total, j, masked)
+
+                    pl.run_scoped(multiply, product(tile))
+
+                old = p
+                acc, p, top, total, keep = accumulate(both, acc, p, top, total, top)
+                # The compiler takes the old p for dead once its product is issued, and would write the new one over it.
+                _, p = lax.optimization_barrier((old, p))
+            plgpu.barrier_arrive(v_free.at[slot(j - 1)])
+            return acc * spread_rows(keep, acc.shape), top, total, p
+
+        row = lambda value: plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), value, jnp.float32), BY_ROW)
+        acc = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, head_dim), jnp.float32), LAYOUT)
+        if block.overlap:
+            plgpu.barrier_wait(k_ready.at[slot(visited.start)])
+            turns.take()
+            s = scores(visited.start)
+            turns.give()
+            p, top, total, _ = softmax(s, row(LOWEST), row(0.0), visited.start, True)
+            acc, top, total, p = sweep(overlapped, after_first(visited), (acc, top, total, p))
+            turns.take()
+            acc = add_values(acc, p, visited.stop - 1)
+            turns.give()
+            plgpu.barrier_arrive(v_free.at[slot(visited.stop - 1)])
+        else:
+            acc, top, total = sweep(step, visited, (acc, row(LOWEST), row(0.0)))
+        some = total > 0.0
+        total = jnp.where(some, total, 1.0)
+        q_tile[own] = (acc * spread_rows(1.0 / total, acc.shape)).astype(dtype)
+        lse_tile[own] = jnp.where(some, (top + jnp.log(total) * LOG2E) / LOG2E, -jnp.inf)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_tile.at[own], o.at[b, n, rows])
+        plgpu.copy_smem_to_gmem(lse_tile.at[own], lse.at[b, n, rows])
+        return taken + visited.stop - visited.start
+
+    def computing():
+        turns = Turns(program, turn)
+        compute_tiles(program, fetch, functools.partial(compute, turns))
+        turns.close()
+
+    def loading():
+        def load(source, ring, ready):
+            def copy(member, j, buffer):
+                columns = pl.ds(j * block.columns, block.columns)
+                plgpu.copy_gmem_to_smem(source.at[b, head, columns], ring.at[buffer], ready.at[buffer])
+
+            return copy
+
+        ranges = lambda r, member: program.columns(r, k_start, k_stop)
+        load_columns(program, ranges, [Feed(k_free, load(k, k_ring, k_ready)), Feed(v_free, load(v, v_ring, v_ready))])
+
+    split_roles(block, computing, loading)
+
+
+def forward(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    runs: Runs,
+    *,
+    scale: float,
+    config: Config[HopperBlocks],
+) -> tuple[Float[Array, "B N T H"], Float32[Array, "B N T"]]:
+    """Returns o in q's dtype, and lse with -inf where a row sees nothing."""
+    block, head_dim = config.forward, padded_head_dim(q.shape[3])
+    held = row_buffers(block)
+    ready, free = ring_barriers(block)
+    ring = buffers(block.num_stages, block.columns, head_dim, q.dtype)
+    o, lse = launch(
+        _kernel,
+        (runs.k_start, runs.k_stop),
+        (q,),
+        (k, v),
+        (q, jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)),
+        (
+            buffers(held, WARPGROUP_ROWS, head_dim, q.dtype),
+            ring,
+            ring,
+            plgpu.SMEM((held, WARPGROUP_ROWS), jnp.float32),
+            plgpu.Barrier(num_barriers=held),
+            ready,
+            ready,
+            free,
+            free,
+            plgpu.Barrier(num_barriers=block.warpgroups),
+        ),
+        scale=scale,
+        block=block,
+        last_first=True,
+        config=config,
+        name="interval_attention_forward",
+    )
+    return o, lse

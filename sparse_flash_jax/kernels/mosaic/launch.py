@@ -1,0 +1,119 @@
+"""What the three Hopper kernels share outside of them: padding, shared memory and the launch itself."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Int32
+
+from sparse_flash_jax.kernels.config import Config, HopperBlocks
+from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Shapes
+
+HEAD_DIMS = (64, 96, 128, 192, 256)
+"""Others are padded to the next of these."""
+
+
+def launch(
+    kernel: Callable,
+    bounds: tuple[Int32[Array, "b a L"], Int32[Array, "b a L"]],
+    rows: Sequence[Array],
+    columns: Sequence[Array],
+    outputs: Sequence[Array | jax.ShapeDtypeStruct],
+    scratch: Sequence[Any],
+    *,
+    scale: float,
+    block: HopperBlocks,
+    last_first: bool,
+    config: Config[HopperBlocks],
+    name: str,
+) -> list[Array]:
+    """Returns a kernel's outputs, computed tile of rows by tile of rows.
+
+    Args:
+        kernel: takes refs of start, stop, `rows`, `columns`, `outputs` (the last three padded) and `scratch`; in the
+            interpreter one more, of shared memory for operands that it cannot take from registers; and by keyword
+            scale and shapes.
+        bounds: start and stop of each row's run of columns; A divides N.
+        rows: [B N|K L H] or [B N L]: what a tile of rows holds of its own.
+        columns: [B K|N M H] or [B N M]: what streams past it.
+        outputs: of their shapes and dtypes, with the rows' batch, heads and length.
+        scratch: shared memory and barriers.
+        scale: factor on the scores.
+        block: the tile.
+        last_first: whether programs start from the last tile of rows.
+        config: which says whether to interpret.
+        name: of the kernel, as profilers show it.
+    """
+    batch, row_heads, length = rows[0].shape[:3]
+    heads, key_heads = sorted((row_heads, columns[0].shape[1]), reverse=True)
+    shapes = Shapes(
+        block=block,
+        row_tiles=pl.cdiv(length, block.rows),
+        column_tiles=pl.cdiv(columns[0].shape[2], block.columns),
+        heads=heads,
+        group=heads // key_heads,
+        members=heads // row_heads,
+        last_first=last_first,
+    )
+    padding = (0, 0), (0, 0), (0, -length % block.rows)
+    start, stop = (jnp.pad(x, padding, mode="edge") for x in bounds)  # the last value again, so still monotone
+    body = functools.partial(kernel, scale=scale, shapes=shapes)
+    body.__name__ = name  # pyright: ignore[reportAttributeAccessIssue]
+    interpreted = {}
+    if config.interpret:
+        interpreted["interpret"] = plgpu.InterpretGPUParams(detect_races=True)
+        scratch = [*scratch, buffers(block.warpgroups, WARPGROUP_ROWS, block.columns, rows[0].dtype)]
+    call = plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct(_padded(x.shape, block.rows), x.dtype) for x in outputs],
+        scratch_types=tuple(scratch),
+        grid=(batch, row_heads, pl.cdiv(shapes.row_tiles, block.tiles)),
+        grid_names=("batch", "head", "program"),  # the last is the fastest: neighbours read the same columns
+        num_threads=block.warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        **interpreted,
+    )
+    rows, columns = ([_pad(x, side) for x in xs] for xs, side in ((rows, block.rows), (columns, block.columns)))
+    padded = call(start, stop, *rows, *columns)
+    return [jax.lax.slice(x, (0,) * x.ndim, like.shape) for x, like in zip(padded, outputs, strict=True)]
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Returns the head dim that the kernels run at."""
+    return next(size for size in HEAD_DIMS if size >= head_dim)
+
+
+def _padded(shape: tuple[int, ...], side: int) -> tuple[int, ...]:
+    batch, heads, length, *head_dim = shape
+    return batch, heads, pl.cdiv(length, side) * side, *map(padded_head_dim, head_dim)
+
+
+def _pad(x: Array, side: int) -> Array:
+    """Zeros past the head dim change no score; those past the length are hidden or cut off."""
+    widths = [(0, new - old) for new, old in zip(_padded(x.shape, side), x.shape, strict=True)]
+    return jnp.pad(x, widths) if any(high for _, high in widths) else x
+
+
+def buffers(count: int, rows: int, columns: int, dtype: Any) -> Any:
+    """Returns shared memory for tiles that wgmma reads: [count, rows, columns], swizzled."""
+    bits = 8 * jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(columns * bits)
+    tiling = plgpu.TilingTransform((8, 8 * swizzle // bits))  # pyright: ignore[reportAbstractUsage]
+    swizzling = plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM((count, rows, columns), dtype, transforms=(tiling, swizzling))
+
+
+def row_buffers(block: HopperBlocks) -> int:
+    """Returns how many tiles of 64 rows are held: those of the next tile load while one computes."""
+    return min(block.tiles, 2) * block.warpgroups
+
+
+def ring_barriers(block: HopperBlocks, arrivals: int = 1) -> tuple[Any, Any]:
+    """Returns the barriers of a ring: buffers loaded, by so many copies, and buffers read by all that compute."""
+    ready = plgpu.Barrier(num_arrivals=arrivals, num_barriers=block.num_stages)
+    return ready, plgpu.Barrier(num_arrivals=block.warpgroups, num_barriers=block.num_stages)

@@ -1,0 +1,244 @@
+"""How a Hopper program runs: warpgroups that compute, one that loads, and the barriers between them.
+
+A program computes tiles of 64 rows for each computing warpgroup. Its rows' own operands come to shared memory once a
+tile; columns stream past them through a ring of buffers, which the loading warpgroup fills as the others free them.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from sparse_flash_jax.kernels.config import HopperBlocks
+from sparse_flash_jax.kernels.tiles import TileRange, tile_range
+
+WARPGROUP_ROWS = 64  # of one wgmma
+LAYOUT = plgpu.Layout.WGMMA
+BY_ROW, BY_COLUMN = LAYOUT.reduce(1), LAYOUT.reduce(0)
+_REGISTERS = {1: None, 2: (240, 24), 3: (160, 32)}  # of a computing and of the loading warpgroup's threads
+
+
+class Shapes(NamedTuple):
+    """What is static of a launch. Its grid is (batch, head of the rows, program)."""
+
+    block: HopperBlocks
+    row_tiles: int
+    column_tiles: int
+    heads: int
+    """N."""
+    group: int
+    """N / K."""
+    members: int
+    """Query heads that a program's rows meet: the group for rows of keys, else 1."""
+    last_first: bool
+    """Whether programs start from the last tile of rows: the longest of a causal head."""
+
+
+class Program:
+    """The tiles of this program, and the part of each that this warpgroup computes."""
+
+    def __init__(self, shapes: Shapes):
+        self.shapes, self.block = shapes, shapes.block
+        self.batch, self.head, self.warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
+        self._first = lax.axis_index("program") * self.block.tiles
+        self.count = lax.min(jnp.int32(self.block.tiles), shapes.row_tiles - self._first)
+
+    def rows(self, r: Any) -> Any:
+        """Returns the rows of this warpgroup in the program's r-th tile."""
+        return pl.ds(self._tile(r) * self.block.rows + self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+
+    def own(self, r: Any) -> Any:
+        """Returns the buffer of this warpgroup's rows: the r-th tile computes while the next one's rows load."""
+        half = 0 if self.block.tiles == 1 else lax.rem(r, jnp.int32(2))
+        return half * self.block.warpgroups + self.warpgroup
+
+    def bounds(self, ref: Any, member: Any) -> tuple[Any, Any]:
+        """Returns the row of a bounds array [B|1 A L] that holds for this program and a query head of its group."""
+        shapes = self.shapes
+        n = self.head * shapes.members + member
+        return (self.batch if ref.shape[0] > 1 else 0, lax.div(n, jnp.int32(shapes.heads // ref.shape[1])))
+
+    def columns(self, r: Any, start: Any, stop: Any, member: Any = 0) -> TileRange:
+        """Returns the tiles of columns to visit: one, masked, where the rows see nothing, so that none is special."""
+        row, first = self.bounds(start, member), self._tile(r) * self.block.rows
+        last = first + self.block.rows - 1
+        seen = tile_range(
+            start[*row, first], stop[*row, first], start[*row, last], stop[*row, last], self.block.columns
+        )
+        begin = lax.min(seen.start, jnp.int32(self.shapes.column_tiles - 1))
+        end = lax.max(seen.stop, begin + 1)
+        return TileRange(begin, lax.clamp(begin, seen.full_start, end), lax.clamp(begin, seen.full_stop, end), end)
+
+    def walk(self, visit: Callable[[Any, Any], Any]) -> Any:
+        """Runs n = visit(r, n) over the program's tiles; n counts the steps taken."""
+        if self.block.tiles == 1:
+            return visit(0, 0)
+        return lax.fori_loop(0, self.count, visit, jnp.int32(0))
+
+    def slot(self, n: Any) -> Any:
+        """Returns the buffer of the ring that holds the n-th step's columns."""
+        return lax.rem(n, jnp.int32(self.block.num_stages))
+
+    def _tile(self, r: Any) -> Any:
+        tile = self._first + r
+        return self.shapes.row_tiles - 1 - tile if self.shapes.last_first else tile
+
+
+def after_first(visited: TileRange) -> TileRange:
+    """Returns a range without its first tile."""
+    second = visited.start + 1
+    return TileRange(second, lax.max(visited.full_start, second), lax.max(visited.full_stop, second), visited.stop)
+
+
+class Feed(NamedTuple):
+    """Columns of one operand, or of several that are used together, on their way through a ring."""
+
+    free: Any
+    """Barriers, one a buffer: every computing warpgroup has read it."""
+    load: Callable[[Any, Any, Any], None]
+    """(member, tile of columns, buffer): starts the copies."""
+
+
+def load_columns(program: Program, ranges: Callable[[Any, Any], TileRange], feeds: Sequence[Feed]) -> None:
+    """Loads all columns that the program's tiles visit, in their order, as buffers come free."""
+    stages = jnp.int32(program.block.num_stages)
+
+    def of_member(r: Any, member: Any, n: Any) -> Any:
+        visited = ranges(r, member)
+
+        @pl.loop(0, visited.stop - visited.start)
+        def _(step):
+            for feed in feeds:
+
+                @pl.when(n + step >= stages)
+                def _(feed=feed):
+                    plgpu.barrier_wait(feed.free.at[program.slot(n + step)])
+
+                feed.load(member, visited.start + step, program.slot(n + step))
+
+        return n + visited.stop - visited.start
+
+    def of_tile(r: Any, n: Any) -> Any:
+        return over_members(program.shapes.members, functools.partial(of_member, r), n)
+
+    taken = program.walk(of_tile)
+
+    # Barriers must be as often waited for as completed.
+    @pl.loop(lax.max(jnp.int32(0), taken - stages), taken)
+    def _(n):
+        for feed in feeds:
+            plgpu.barrier_wait(feed.free.at[program.slot(n)])
+
+
+def over_members(members: int, visit: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """Runs carry = visit(member, carry) over the query heads of a group."""
+    return visit(0, carry) if members == 1 else lax.fori_loop(0, members, visit, jnp.int32(carry))
+
+
+def compute_tiles(program: Program, fetch: Callable[[Any], None], compute: Callable[[Any, Any], Any]) -> None:
+    """Runs n = compute(r, n) over the program's tiles, each with the next one's rows on their way by `fetch(r)`."""
+    fetch(0)
+
+    def tile(r: Any, n: Any) -> Any:
+        if program.block.tiles > 1:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's buffers, which hold its outputs too
+
+            @pl.when(r + 1 < program.count)
+            def _():
+                fetch(r + 1)
+
+        return compute(r, n)
+
+    program.walk(tile)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+class Turns:
+    """Warpgroups issue their products in turn, so that the softmax of one runs under the products of another."""
+
+    def __init__(self, program: Program, barriers: Any):
+        self._taken = program.block.overlap and program.block.warpgroups > 1
+        self._count, self._mine, self._barriers = program.block.warpgroups, program.warpgroup, barriers
+        if self._taken:
+
+            @pl.when(self._mine == self._count - 1)
+            def _():
+                self.give()
+
+    def take(self) -> None:
+        """Waits for this warpgroup's turn."""
+        if self._taken:
+            plgpu.barrier_wait(self._barriers.at[self._mine])
+
+    def give(self) -> None:
+        """Passes the turn on."""
+        if self._taken:
+            plgpu.barrier_arrive(self._barriers.at[lax.rem(self._mine + 1, jnp.int32(self._count))])
+
+    def close(self) -> None:
+        """Takes the turn that the last warpgroup has given in vain."""
+        if self._taken:
+
+            @pl.when(self._mine == 0)
+            def _():
+                self.take()
+
+
+def split_roles(block: HopperBlocks, compute: Callable[[], None], load: Callable[[], None]) -> None:
+    """Runs `load` on the last warpgroup and `compute` on the others, with registers to suit."""
+    warpgroup, registers = lax.axis_index("warpgroup"), _REGISTERS[block.warpgroups]
+
+    @pl.when(warpgroup < block.warpgroups)
+    def _():
+        if registers:
+            plgpu.set_max_registers(registers[0], action="increase")
+        compute()
+
+    @pl.when(warpgroup == block.warpgroups)
+    def _():
+        if registers:
+            plgpu.set_max_registers(registers[1], action="decrease")
+        load()
+
+
+def spread_rows(x: Array, shape: tuple[int, int]) -> Array:
+    """Returns [rows] as [rows, columns]."""
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def spread_columns(x: Array, shape: tuple[int, int]) -> Array:
+    """Returns [columns] as [rows, columns]."""
+    return lax.broadcast_in_dim(x, shape, [1])
+
+
+def visible(start: Array, stop: Array, first: Any, shape: tuple[int, int]) -> Array:
+    """Returns which of the columns from `first` on each row sees."""
+    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=LAYOUT)
+    return (column >= spread_rows(start - first, shape)) & (column < spread_rows(stop - first, shape))
+
+
+def multiply_from_registers(acc: Any, a: Array, b: Any, stage: Any) -> None:
+    """Adds a @ b to an accumulator, a from registers; by way of shared memory where `stage` is some (interpreter)."""
+    if stage is None:
+        plgpu.wgmma(acc, a, b)
+    else:
+        stage[...] = a
+        plgpu.commit_smem()
+        plgpu.wgmma(acc, stage, b)
+
+
+def product(shape: tuple[int, int]) -> Any:
+    """Returns an accumulator of a product, in registers."""
+    return plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
+
+
+def accumulate(issue: Callable[..., None], acc: Array, *others: Array) -> Any:
+    """Runs issue(accumulator, *refs) on an accumulator that starts from `acc`, and refs of the others; returns all."""
+    if not others:
+        return pl.run_state(issue)(plgpu.WGMMAAccumulatorRef.init(acc))
+    return pl.run_state(lambda refs: issue(*refs))((plgpu.WGMMAAccumulatorRef.init(acc), *others))
