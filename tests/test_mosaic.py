@@ -1,7 +1,21 @@
 """The Hopper kernels, without a GPU: in Pallas' interpreter, which looks for races, and lowered for CUDA."""
 
-from sparse_flash_jax.kernels.config import Config, HopperBlocks
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import sparse_flash_jax as sfj
+from sparse_flash_jax.kernels import mosaic
+from sparse_flash_jax.kernels.config import Config, HopperBlocks, mosaic_config
+from tests import definition
+from tests.budget import assert_within_budget, with_gradients
+from tests.cases import CASES
 from tests.contract import IntervalContract
+from tests.gpus import lowered, passes
+from tests.test_attention import judges
 
 CONFIGS = {
     "small": Config(HopperBlocks(1, 64, 2), HopperBlocks(1, 64, 2), HopperBlocks(1, 64, 2), interpret=True),
@@ -21,3 +35,37 @@ class TestInterpreted(IntervalContract):
     implementation = "mosaic"
     configs = CONFIGS
     dtypes = ("bfloat16", "float16")
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def interpreted(inputs, plan, config):
+    def attention(q, k, v):
+        return sfj.sparse_attention(q, k, v, plan, implementation="mosaic", config=config, return_residual=True)
+
+    return with_gradients(attention, inputs)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.shape.H <= 128 and case.shape.T < 500], ids=str)
+def test_interpreted_cases_within_budget(case):
+    """In 16 bits whatever the case's dtype: that is what the kernels take."""
+    case = dataclasses.replace(case, dtype="float16" if case.dtype == "float32" else case.dtype)
+    inputs, plan = case.inputs(), definition.plan(case)
+    config = mosaic_config(case.shape.H, long_runs=len(case.pattern.name) % 2 == 0)
+    got = interpreted(inputs, plan, dataclasses.replace(config, interpret=True))
+    assert_within_budget(got, *judges(inputs, plan))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head_dim", [48, 64, 80, 128])
+@pytest.mark.parametrize("long_runs", [False, True])
+def test_kernels_lower_for_cuda(dtype, head_dim, long_runs):
+    runs = jax.eval_shape(lambda: sfj.causal(300)).runs
+    config = mosaic_config(head_dim, long_runs=long_runs)
+    for kernel, operands in passes(mosaic, dtype, head_dim, runs):
+        assert "mosaic_gpu" in lowered(functools.partial(kernel, scale=0.1, config=config), *operands)
+
+
+def test_not_picked_before_it_has_run_on_a_gpu():
+    q = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="mosaic"):
+        sfj.sparse_attention(q, q, q, sfj.causal(64), implementation="mosaic")

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 
 import sparse_flash_jax as sfj
 from sparse_flash_jax.kernels import triton
@@ -19,14 +18,9 @@ from tests import definition
 from tests.budget import assert_within_budget, with_gradients
 from tests.cases import CASES
 from tests.contract import RUNS, IntervalContract, inputs
+from tests.gpus import GPUS, lowered, on, passes
 from tests.test_attention import judges
 
-# Device kind: multiprocessors, compute capability.
-GPUS = {
-    "NVIDIA A100-SXM4-40GB": (108, 8.0),
-    "NVIDIA GeForce RTX 4090": (128, 8.9),
-    "NVIDIA H100 80GB HBM3": (132, 9.0),
-}
 CONFIGS = {
     "small": Config(Blocks(16, 16), Blocks(16, 16), Blocks(16, 16)),
     "each_pass_its_own": Config(Blocks(32, 16), Blocks(16, 32), Blocks(64, 16)),
@@ -61,31 +55,15 @@ def test_interpreted_cases_within_budget(case):
     assert_within_budget(got, *judges(inputs, plan))
 
 
-def on(device_kind):
-    """A context in which Pallas lowers for a GPU that is not there."""
-    device = AbstractDevice(device_kind=device_kind, num_cores=GPUS[device_kind][0], platform="gpu")
-    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
-
-
-def lowered(function, *operands):
-    return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
-
-
 @pytest.mark.parametrize("device_kind", GPUS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("head_dim", [48, 128, 256])
 def test_kernels_lower_for_cuda(device_kind, dtype, head_dim):
-    q, k = (jax.ShapeDtypeStruct((1, heads, 300, head_dim), dtype) for heads in (4, 2))
-    row = jax.ShapeDtypeStruct((1, 4, 300), "float32")
     runs = jax.eval_shape(lambda: sfj.causal(300)).runs
     with on(device_kind):
         for long_runs in (False, True):
             config = triton_config(dtype, head_dim, long_runs=long_runs, capability=GPUS[device_kind][1])
-            for kernel, operands in (
-                (triton.forward, (q, k, k, runs)),
-                (triton.backward_dq, (q, k, k, runs, row, q, row)),
-                (triton.backward_dkv, (q, k, k, runs, row, q, row)),
-            ):
+            for kernel, operands in passes(triton, dtype, head_dim, runs):
                 assert "__gpu$xla.gpu.triton" in lowered(functools.partial(kernel, scale=0.1, config=config), *operands)
 
 

@@ -98,6 +98,32 @@ def triton_config(dtype: Any, head_dim: int, *, long_runs: bool, capability: flo
     return Config(forward=forward, dq=dq, dkv=dkv)
 
 
+def mosaic_config(head_dim: int, *, long_runs: bool) -> Config[HopperBlocks]:
+    """Returns tiles for the Hopper kernels, for head dims up to 128.
+
+    Args:
+        head_dim: H.
+        long_runs: whether a run spans many tiles.
+    """
+    if head_dim > 64:
+        return Config(
+            forward=HopperBlocks(warpgroups=2, columns=128, num_stages=2, overlap=True),
+            dq=HopperBlocks(warpgroups=2, columns=64, num_stages=2, overlap=long_runs),
+            dkv=HopperBlocks(warpgroups=2, columns=64, num_stages=3),
+        )
+    if long_runs:
+        return Config(
+            forward=HopperBlocks(warpgroups=2, columns=128, num_stages=3, overlap=True),
+            dq=HopperBlocks(warpgroups=2, columns=128, num_stages=4, overlap=True),
+            dkv=HopperBlocks(warpgroups=2, columns=64, num_stages=3, rows_in_registers=True),
+        )
+    return Config(
+        forward=HopperBlocks(warpgroups=1, columns=64, num_stages=3, tiles=4),
+        dq=HopperBlocks(warpgroups=2, columns=64, num_stages=3, tiles=4),
+        dkv=HopperBlocks(warpgroups=2, columns=64, num_stages=3, tiles=4, rows_in_registers=True),
+    )
+
+
 def shared_memory(capability: float) -> int:
     """Returns the bytes of shared memory that a thread block may have.
 

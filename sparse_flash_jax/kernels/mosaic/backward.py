@@ -185,8 +185,7 @@ def _dkv_kernel(
     rows_ready,
     q_ready,
     do_ready,
-    q_free,
-    do_free,
+    free,
     stage=None,
     *,
     scale: float,
@@ -229,17 +228,19 @@ def _dkv_kernel(
                     s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
                     p = jnp.exp2(s * (scale * LOG2E) - load(lse_ring, j))
                     p = p if mask is None else jnp.where(mask, p, 0.0)
-                    multiply_from_registers(dv_acc, p.astype(dtype), do_ring.at[slot(j)], stage)
+                    p = p.astype(dtype)
+                    multiply_from_registers(dv_acc, p, do_ring.at[slot(j)], stage)
+                    # Widened again only now: p in float32 would not fit the registers besides.
                     dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
-                    ds = p * (dp - load(delta_ring, j))
+                    p, dp = lax.optimization_barrier((p, dp))
+                    ds = p.astype(jnp.float32) * (dp - load(delta_ring, j))
                     ds = ds if mask is None else jnp.where(mask, ds, 0.0)
                     return ds.astype(dtype)
 
                 ds = pl.run_scoped(multiply, product(tile), product(tile))
                 multiply_from_registers(dk_acc, ds, q_ring.at[slot(j)], stage)
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(q_free.at[slot(j)])
-                plgpu.barrier_arrive(do_free.at[slot(j)])
+                plgpu.barrier_arrive(free.at[slot(j)])
                 return carry
 
             sweep(step, visited, jnp.int32(0))
@@ -259,19 +260,17 @@ def _dkv_kernel(
         return taken
 
     def loading():
-        def load(source, ring, per_row, row_ring, ready):
-            def copy(member, j, buffer):
-                n, columns = head * shapes.members + member, pl.ds(j * block.columns, block.columns)
+        def load(member, j, buffer):
+            n, columns = head * shapes.members + member, pl.ds(j * block.columns, block.columns)
+            for source, ring, ready in (
+                (q, q_ring, q_ready),
+                (lse, lse_ring, q_ready),
+                (do, do_ring, do_ready),
+                (delta, delta_ring, do_ready),
+            ):
                 plgpu.copy_gmem_to_smem(source.at[b, n, columns], ring.at[buffer], ready.at[buffer])
-                plgpu.copy_gmem_to_smem(per_row.at[b, n, columns], row_ring.at[buffer], ready.at[buffer])
 
-            return copy
-
-        feeds = [
-            Feed(q_free, load(q, q_ring, lse, lse_ring, q_ready)),
-            Feed(do_free, load(do, do_ring, delta, delta_ring, do_ready)),
-        ]
-        load_columns(program, lambda r, member: program.columns(r, q_start, q_stop, member), feeds)
+        load_columns(program, lambda r, member: program.columns(r, q_start, q_stop, member), [Feed(free, load)])
 
     split_roles(block, lambda: compute_tiles(program, fetch, compute), loading)
 
@@ -337,7 +336,7 @@ def backward_dkv(
         (k, v),
         (q, do, lse * LOG2E, delta),
         (k, v),
-        (own, own, ring, ring, vector, vector, rows_ready, ready, ready, free, free),
+        (own, own, ring, ring, vector, vector, rows_ready, ready, ready, free),
         scale=scale,
         block=block,
         last_first=False,

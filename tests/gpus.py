@@ -1,0 +1,34 @@
+"""GPUs that are not there: contexts in which Pallas lowers for one of them."""
+
+import jax
+from jax.sharding import AbstractDevice, AbstractMesh
+
+# Device kind: multiprocessors, compute capability.
+GPUS = {
+    "NVIDIA A100-SXM4-40GB": (108, 8.0),
+    "NVIDIA GeForce RTX 4090": (128, 8.9),
+    "NVIDIA H100 80GB HBM3": (132, 9.0),
+}
+
+
+def on(device_kind):
+    """A context in which Pallas lowers for this kind of GPU."""
+    device = AbstractDevice(device_kind=device_kind, num_cores=GPUS[device_kind][0], platform="gpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+
+
+def lowered(function, *operands):
+    """What a function becomes for a GPU."""
+    return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def passes(kernels, dtype, head_dim, runs, length=300):
+    """The three passes of an implementation with their operands' shapes: four query heads, two key heads."""
+    q, k = (jax.ShapeDtypeStruct((1, heads, length, head_dim), dtype) for heads in (4, 2))
+    row = jax.ShapeDtypeStruct((1, 4, length), "float32")
+    gradients = (q, k, k, runs, row, q, row)
+    return (
+        (kernels.forward, (q, k, k, runs)),
+        (kernels.backward_dq, gradients),
+        (kernels.backward_dkv, gradients),
+    )
