@@ -28,7 +28,7 @@ from sparse_flash_jax.kernels.mosaic.program import (
     after_first,
     compute_tiles,
     load_columns,
-    multiply_from_registers,
+    multiply,
     over_members,
     product,
     split_roles,
@@ -88,9 +88,9 @@ def _dq_kernel(
         def issue(s_ref, dp_ref, j):
             plgpu.barrier_wait(k_ready.at[slot(j)])
             turns.take()
-            plgpu.wgmma(s_ref, q_tile.at[own], k_ring.at[slot(j)].T)
+            multiply(s_ref, q_tile.at[own], k_ring.at[slot(j)], stage, transposed=True)
             plgpu.barrier_wait(v_ready.at[slot(j)])
-            plgpu.wgmma(dp_ref, do_tile.at[own], v_ring.at[slot(j)].T)
+            multiply(dp_ref, do_tile.at[own], v_ring.at[slot(j)], stage, transposed=True)
 
         def gradient(s_ref, dp_ref, j, masked, behind):
             """ds of a step, both products issued and `behind` more after them."""
@@ -105,15 +105,15 @@ def _dq_kernel(
 
         def accumulate(acc):
             def alone(j, masked):
-                def multiply(s_ref, dp_ref):
+                def scoped(s_ref, dp_ref):
                     issue(s_ref, dp_ref, j)
                     turns.give()
                     return gradient(s_ref, dp_ref, j, masked, 0)
 
-                return pl.run_scoped(multiply, product(tile), product(tile))
+                return pl.run_scoped(scoped, product(tile), product(tile))
 
             def finish(ds, j):
-                multiply_from_registers(acc, ds, k_ring.at[slot(j)], stage)
+                multiply(acc, ds, k_ring.at[slot(j)], stage)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(k_free.at[slot(j)])
 
@@ -122,14 +122,14 @@ def _dq_kernel(
                 return carry
 
             def overlapped(j, before, *, masked):
-                def multiply(s_ref, dp_ref):
+                def scoped(s_ref, dp_ref):
                     issue(s_ref, dp_ref, j)
                     plgpu.wgmma_wait(2)  # waits for nothing, and keeps the products apart
-                    multiply_from_registers(acc, before, k_ring.at[slot(j - 1)], stage)
+                    multiply(acc, before, k_ring.at[slot(j - 1)], stage)
                     turns.give()
                     return gradient(s_ref, dp_ref, j, masked, 1)
 
-                ds = pl.run_scoped(multiply, product(tile), product(tile))
+                ds = pl.run_scoped(scoped, product(tile), product(tile))
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(k_free.at[slot(j - 1)])
                 return lax.optimization_barrier((before, ds))[1]  # or ds might take the registers of `before` too soon
@@ -220,16 +220,16 @@ def _dkv_kernel(
             def step(j, carry, *, masked):
                 mask = visible(start, stop, j * block.columns, tile) if masked else None
 
-                def multiply(s_ref, dp_ref):
+                def scoped(s_ref, dp_ref):
                     plgpu.barrier_wait(q_ready.at[slot(j)])
-                    plgpu.wgmma(s_ref, k_rows, q_ring.at[slot(j)].T)
+                    multiply(s_ref, k_rows, q_ring.at[slot(j)], stage, transposed=True)
                     plgpu.barrier_wait(do_ready.at[slot(j)])
-                    plgpu.wgmma(dp_ref, v_rows, do_ring.at[slot(j)].T)
+                    multiply(dp_ref, v_rows, do_ring.at[slot(j)], stage, transposed=True)
                     s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
                     p = jnp.exp2(s * (scale * LOG2E) - load(lse_ring, j))
                     p = p if mask is None else jnp.where(mask, p, 0.0)
                     p = p.astype(dtype)
-                    multiply_from_registers(dv_acc, p, do_ring.at[slot(j)], stage)
+                    multiply(dv_acc, p, do_ring.at[slot(j)], stage)
                     # Widened again only now: p in float32 would not fit the registers besides.
                     dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
                     p, dp = lax.optimization_barrier((p, dp))
@@ -237,8 +237,8 @@ def _dkv_kernel(
                     ds = ds if mask is None else jnp.where(mask, ds, 0.0)
                     return ds.astype(dtype)
 
-                ds = pl.run_scoped(multiply, product(tile), product(tile))
-                multiply_from_registers(dk_acc, ds, q_ring.at[slot(j)], stage)
+                ds = pl.run_scoped(scoped, product(tile), product(tile))
+                multiply(dk_acc, ds, q_ring.at[slot(j)], stage)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(free.at[slot(j)])
                 return carry

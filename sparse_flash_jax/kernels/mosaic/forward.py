@@ -30,7 +30,7 @@ from sparse_flash_jax.kernels.mosaic.program import (
     after_first,
     compute_tiles,
     load_columns,
-    multiply_from_registers,
+    multiply,
     product,
     split_roles,
     spread_rows,
@@ -92,11 +92,11 @@ def _kernel(
             return p.astype(dtype), new_top, total * keep + p.sum(axis=1), keep
 
         def scores(j):
-            def multiply(acc):
-                plgpu.wgmma(acc, q_tile.at[own], k_ring.at[slot(j)].T)
+            def scoped(acc):
+                multiply(acc, q_tile.at[own], k_ring.at[slot(j)], stage, transposed=True)
                 return acc[...]
 
-            s = pl.run_scoped(multiply, product(tile))
+            s = pl.run_scoped(scoped, product(tile))
             plgpu.barrier_arrive(k_free.at[slot(j)])
             return s
 
@@ -106,11 +106,11 @@ def _kernel(
                 acc = accumulate(lambda ref: plgpu.wgmma(ref, p, v_ring.at[slot(j)]), acc)
             else:
 
-                def multiply(ref):
-                    multiply_from_registers(ref, p, v_ring.at[slot(j)], stage)
+                def scoped(ref):
+                    multiply(ref, p, v_ring.at[slot(j)], stage)
                     return ref[...]
 
-                acc = acc + pl.run_scoped(multiply, product((WARPGROUP_ROWS, head_dim)))
+                acc = acc + pl.run_scoped(scoped, product((WARPGROUP_ROWS, head_dim)))
             return acc
 
         def step(j, carry, *, masked):
@@ -133,8 +133,8 @@ def _kernel(
             else:
 
                 def both(acc_ref, p_ref, top_ref, total_ref, keep_ref):
-                    def multiply(s_ref):
-                        plgpu.wgmma(s_ref, q_tile.at[own], k_ring.at[slot(j)].T)
+                    def scoped(s_ref):
+                        multiply(s_ref, q_tile.at[own], k_ring.at[slot(j)], stage, transposed=True)
                         plgpu.wgmma_wait(1)  # waits for nothing, and keeps the two products apart
                         plgpu.barrier_wait(v_ready.at[slot(j - 1)])
                         plgpu.wgmma(acc_ref, p, v_ring.at[slot(j - 1)])
@@ -143,7 +143,7 @@ def _kernel(
                         plgpu.barrier_arrive(k_free.at[slot(j)])
                         p_ref[...], top_ref[...], total_ref[...], keep_ref[...] = softmax(s, top, total, j, masked)
 
-                    pl.run_scoped(multiply, product(tile))
+                    pl.run_scoped(scoped, product(tile))
 
                 old = p
                 acc, p, top, total, keep = accumulate(both, acc, p, top, total, top)

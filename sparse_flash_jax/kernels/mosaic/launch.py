@@ -65,7 +65,7 @@ def launch(
     body.__name__ = name  # pyright: ignore[reportAttributeAccessIssue]
     interpreted = {}
     if config.interpret:
-        interpreted["interpret"] = plgpu.InterpretGPUParams(detect_races=True)
+        interpreted["interpret"] = plgpu.InterpretGPUParams(detect_races=True, on_race="raise")
         scratch = [*scratch, buffers(block.warpgroups, WARPGROUP_ROWS, block.columns, rows[0].dtype)]
     call = plgpu.kernel(
         body,

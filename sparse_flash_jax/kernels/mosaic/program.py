@@ -222,14 +222,24 @@ def visible(start: Array, stop: Array, first: Any, shape: tuple[int, int]) -> Ar
     return (column >= spread_rows(start - first, shape)) & (column < spread_rows(stop - first, shape))
 
 
-def multiply_from_registers(acc: Any, a: Array, b: Any, stage: Any) -> None:
-    """Adds a @ b to an accumulator, a from registers; by way of shared memory where `stage` is some (interpreter)."""
+def multiply(acc: Any, a: Any, b: Any, stage: Any, *, transposed: bool = False) -> None:
+    """Issues acc += a @ b, or a @ b.T, with a in registers or in shared memory.
+
+    The interpreter cannot take a from registers, and looks for races among loads, not among the reads of a product:
+    for it there is `stage`, shared memory that a goes through, and the operands are loaded besides. As loads are not
+    ordered with copies that later overwrite what they read, and products are, a fence follows.
+    """
     if stage is None:
-        plgpu.wgmma(acc, a, b)
-    else:
+        plgpu.wgmma(acc, a, b.T if transposed else b)
+        return
+    if isinstance(a, Array):
         stage[...] = a
         plgpu.commit_smem()
-        plgpu.wgmma(acc, stage, b)
+        a = stage
+    for operand in (a, b):
+        plgpu.load(operand, layout=LAYOUT)
+    plgpu.commit_smem()
+    plgpu.wgmma(acc, a, b.T if transposed else b)
 
 
 def product(shape: tuple[int, int]) -> Any:
