@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # one list of case
 from tests.cases import BENCHMARKS, Case
 from tests.cases import Shape as Shape
 from tests.cases import buckets_pattern as buckets_pattern
+from tests.cases import causal as causal
 from tests.cases import dropping as dropping
 
 QUICK_LENGTH = 256

@@ -87,3 +87,9 @@ def test_density_writes_a_row_a_pattern(tmp_path):
     assert densities["hash1"] == densities["qk0"] == 1
     assert 0 < densities["qk80"] < densities["qk50"] < 0.5
     assert 0 < densities["hash64"] < densities["hash16"] < 0.1
+
+
+def test_tune_says_what_it_needs():
+    done = _run("tune.py", "--implementation", "triton")
+    assert done.returncode != 0
+    assert "needs an NVIDIA GPU" in done.stderr

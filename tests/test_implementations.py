@@ -1,5 +1,6 @@
 """Which implementation runs where, and what is said where one cannot."""
 
+import json
 from types import SimpleNamespace
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 import sparse_flash_jax as sfj
 from sparse_flash_jax.kernels import implementations
-from sparse_flash_jax.kernels.config import Blocks, Config
+from sparse_flash_jax.kernels.config import Blocks, Config, triton_config
 from sparse_flash_jax.kernels.implementations import IMPLEMENTATIONS, check_implementation, pick_implementation
 from sparse_flash_jax.kernels.interval import interval_attention
 from tests.contract import RUNS, inputs
@@ -92,3 +93,33 @@ def test_interpreted_on_any_device():
     config = Config(block, block, block, interpret=True)
     with jax.default_device(CPU):
         check_implementation("triton", 64, config)
+
+
+def test_tiles_from_a_file(device, monkeypatch, tmp_path):
+    device("NVIDIA H100 80GB HBM3", "9.0")
+    blocks = {"rows": 32, "columns": 16, "num_warps": 8, "num_stages": 1}
+    kind = {"implementation": "triton", "dtype": "bfloat16", "long_runs": False}
+    rows = [kind | {"head_dim": size} | dict.fromkeys(("forward", "dq", "dkv"), blocks) for size in (64, 128)]
+    rows[1] = rows[1] | {"dq": blocks | {"rows": 64}}
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps({"rows": rows}))
+    monkeypatch.setenv("SPARSE_FLASH_TILES", str(path))
+
+    def chosen(head_dim, dtype="bfloat16"):
+        return implementations.default_config("triton", dtype=dtype, head_dim=head_dim, runs=RUNS["narrow"])
+
+    assert chosen(48).dq == Blocks(32, 16, 8, 1)
+    assert chosen(80).dq == Blocks(64, 16, 8, 1)
+    assert chosen(256) == triton_config("bfloat16", 256, long_runs=False, capability=9.0)
+    assert chosen(64, "float16") == triton_config("float16", 64, long_runs=False, capability=9.0)
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"rows": [{"implementation": "triton"}]}'])
+def test_a_file_that_has_no_tiles_is_named(device, monkeypatch, tmp_path, text):
+    device("NVIDIA H100 80GB HBM3", "9.0")
+    path = tmp_path / "tiles.json"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setenv("SPARSE_FLASH_TILES", str(path))
+    with pytest.raises(ValueError, match=r"SPARSE_FLASH_TILES names .*tiles\.json.*benchmarks/tune\.py"):
+        implementations.default_config("triton", dtype="bfloat16", head_dim=64, runs=RUNS["narrow"])

@@ -11,6 +11,7 @@ import jax
 
 from sparse_flash_jax.kernels.config import Config, triton_config, xla_config
 from sparse_flash_jax.kernels.tiles import Runs
+from sparse_flash_jax.kernels.tuned import tuned_config
 
 IMPLEMENTATIONS = ("mosaic", "triton", "xla")
 
@@ -57,6 +58,9 @@ def default_config(implementation: str, *, dtype: Any, head_dim: int, runs: Runs
         return xla_config(query_slots=runs.k_start.shape[2], key_slots=runs.q_start.shape[2])
     # One run for all batch entries and heads is a plan of no data: causal, or a window.
     long_runs = runs.k_start.shape[:2] == (1, 1)
+    tuned = tuned_config(implementation, dtype, head_dim, long_runs=long_runs)
+    if tuned is not None:
+        return tuned
     return triton_config(dtype, head_dim, long_runs=long_runs, capability=_compute_capability())
 
 
