@@ -1,7 +1,7 @@
 """Which tiles are fastest on this GPU: times candidates for each pass and writes a table that the package can read.
 
-python benchmarks/tune.py --implementation mosaic                       JSON to benchmarks/results/
-SPARSE_FLASH_TILES=benchmarks/results/tiles-mosaic.json python ...      runs with what was found
+python benchmarks/tune.py                                               JSON to benchmarks/results/
+SPARSE_FLASH_TILES=benchmarks/results/tiles-triton.json python ...      runs with what was found
 
 Runs are long, as of a dense causal plan, or short, as of 16 buckets: each has a row of its own for a head dim.
 """
@@ -57,7 +57,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Finds the fastest tiles on this GPU.")
-    parser.add_argument("--implementation", choices=("mosaic", "triton"), default="mosaic")
+    parser.add_argument("--implementation", choices=("mosaic", "triton"), default="triton")
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 96, 128])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batch", type=int, default=2)
