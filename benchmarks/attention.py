@@ -99,7 +99,7 @@ def _dense(case: Case, platform: str, samples: int) -> dict[str, Timing] | str:
 
 
 def _mha(case: Case, samples: int) -> dict[str, Timing]:
-    """Times JAX's own Pallas-Triton kernels with the tiles that suit them best; nothing where none of those run."""
+    """Times JAX's own Pallas-Triton kernels with the backward tiles that suit them best; nothing where none run."""
     best: dict[str, Timing] = {}
     for side in MHA_BACKWARD_SIDES:
         for name, call in mha_calls(case, side).items():

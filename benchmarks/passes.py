@@ -83,7 +83,7 @@ def dense_calls(case: Case, implementation: Literal["xla", "cudnn"]) -> dict[str
 
 
 def mha_calls(case: Case, backward_side: int) -> dict[str, Call]:
-    """Returns dense causal attention by JAX's own Pallas-Triton kernels, with square tiles in the backward pass.
+    """Returns dense causal attention by JAX's own Pallas-Triton kernels, forward with the tiles that are its default.
 
     Raises:
         ImportError: if this JAX has them no more.

@@ -1,5 +1,7 @@
 """What every implementation of interval attention must do; each test module of one subclasses it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,12 +64,12 @@ def inputs(dtype: str) -> Inputs:
     return Inputs(q, k, v, do, jnp.asarray(rng.standard_normal(queries[:3]), jnp.float32))
 
 
-@jax.jit
-def judges(inputs, runs):
+@functools.partial(jax.jit, static_argnames="scale")
+def judges(inputs, runs, scale=None):
     slot = jnp.arange(KEYS)[None, None, None]
     mask = (runs.k_start[..., None] <= slot) & (slot < runs.k_stop[..., None])
     mask = jnp.broadcast_to(jnp.repeat(mask, HEADS // mask.shape[1], axis=1), (BATCH, HEADS, QUERIES, KEYS))
-    return truth(inputs, mask), dense(inputs, mask)
+    return truth(inputs, mask, scale), dense(inputs, mask, scale)
 
 
 class IntervalContract:
@@ -77,13 +79,13 @@ class IntervalContract:
     configs = CONFIGS
     dtypes = ("float32", "float16", "bfloat16")
 
-    def run(self, inputs, runs, config):
+    def run(self, inputs, runs, config, scale=None):
         @jax.jit
         def attend(inputs, runs):
             def attention(q, k, v):
                 q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
                 o, lse = interval_attention(
-                    q, k, v, runs, implementation=self.implementation, config=self.configs[config]
+                    q, k, v, runs, scale=scale, implementation=self.implementation, config=self.configs[config]
                 )
                 return jnp.swapaxes(o, 1, 2), jnp.swapaxes(lse, 1, 2)
 
@@ -109,6 +111,12 @@ class IntervalContract:
         drawn = inputs(dtype)
         for runs in (RUNS["narrow"], RUNS["sections"]):
             assert_within_budget(self.run(drawn, runs, "each_pass_its_own"), *judges(drawn, runs))
+
+    @pytest.mark.parametrize("scale", [0.0, 0.003, -0.7])
+    def test_any_scale(self, scale):
+        """Runs that are empty beside others are where a hidden score could pass for the largest."""
+        drawn, runs = inputs(self.dtypes[0]), RUNS["narrow"]
+        assert_within_budget(self.run(drawn, runs, "small", scale), *judges(drawn, runs, scale))
 
     @pytest.mark.parametrize("heads", [1, 2])
     def test_heads_may_share_runs(self, heads):

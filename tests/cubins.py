@@ -98,7 +98,7 @@ def main() -> None:
     shipped = [
         (triton, kind, dtype, head_dim, long_runs, triton_config(dtype, head_dim, long_runs=long_runs, capability=c))
         for (kind, (_, c)), dtype, head_dim, long_runs in itertools.product(
-            GPUS.items(), ("bfloat16", "float32"), (64, 128, 256), (False, True)
+            GPUS.items(), ("bfloat16", "float32"), (64, 80, 128, 192, 256), (False, True)
         )
     ]
     shipped += [

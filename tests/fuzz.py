@@ -16,6 +16,7 @@ import itertools
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -268,16 +269,18 @@ class Tally:
 
     def __init__(self, cases: int):
         self.cases, self.done, self.wrong = cases, 0, 0
+        self._lock = threading.Lock()
         self.start = self.last_line = time.monotonic()
 
     def add(self, lines: list[str]) -> None:
-        self.done += 1
-        self.wrong += bool(lines)
-        for line in lines:
-            print(line, flush=True)
-        if time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
-            self.last_line = time.monotonic()
-            print(f"{self.done} of {self.cases} cases, {self.wrong} wrong, {self.seconds:.0f} s", flush=True)
+        with self._lock:
+            self.done += 1
+            self.wrong += bool(lines)
+            for line in lines:
+                print(line, flush=True)
+            if time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+                self.last_line = time.monotonic()
+                print(f"{self.done} of {self.cases} cases, {self.wrong} wrong, {self.seconds:.0f} s", flush=True)
 
     @property
     def seconds(self) -> float:

@@ -58,7 +58,7 @@ def test_within_budget(case, attend):
 
 
 def test_repeats_bit_by_bit(attend):
-    for case in SHIPPED[:6]:
+    for case in (case for case in SHIPPED if case.shape.H in (64, 128) and case.dtype == "bfloat16"):
         inputs, plan = case.inputs(), definition.plan(case)
         first = attend(inputs, plan)
         for _ in range(5):

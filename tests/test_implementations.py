@@ -10,7 +10,7 @@ import pytest
 
 import sparse_flash_jax as sfj
 from sparse_flash_jax.kernels import implementations
-from sparse_flash_jax.kernels.config import Blocks, Config, triton_config
+from sparse_flash_jax.kernels.config import Blocks, Config, HopperBlocks, triton_config
 from sparse_flash_jax.kernels.implementations import IMPLEMENTATIONS, check_implementation, pick_implementation
 from sparse_flash_jax.kernels.interval import interval_attention
 from tests.contract import RUNS, inputs
@@ -86,6 +86,12 @@ def test_a_named_implementation_never_falls_back(device):
 def test_unknown_implementation():
     with pytest.raises(ValueError, match=r"one of .*mosaic.*triton.*xla.*got .cudnn"):
         check_implementation("cudnn", 64)
+
+
+def test_tiles_of_another_kind():
+    block = HopperBlocks(1, 64, 2)
+    with pytest.raises(ValueError, match="'xla' takes a config of Blocks, got HopperBlocks"):
+        check_implementation("xla", 64, Config(block, block, block))
 
 
 def test_interpreted_on_any_device():

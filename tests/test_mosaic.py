@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 import sparse_flash_jax as sfj
@@ -45,27 +45,24 @@ def interpreted(inputs, plan, config):
     return with_gradients(attention, inputs)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.shape.H <= 128 and case.shape.T < 500], ids=str)
-def test_interpreted_cases_within_budget(case):
-    """In 16 bits whatever the case's dtype: that is what the kernels take."""
+SMALL = [case for case in CASES if case.shape.H <= 128 and case.shape.T < 500]  # the interpreter is slow
+
+
+@pytest.mark.parametrize(("case", "long_runs"), [*zip(SMALL, itertools.cycle([True, False]))], ids=str)
+def test_interpreted_cases_within_budget(case, long_runs):
+    """In 16 bits whatever the case's dtype, which is all that the kernels take; with either kind of tiles by turns."""
     case = dataclasses.replace(case, dtype="float16" if case.dtype == "float32" else case.dtype)
     inputs, plan = case.inputs(), definition.plan(case)
-    config = mosaic_config(case.shape.H, long_runs=len(case.pattern.name) % 2 == 0)
+    config = mosaic_config(case.shape.H, long_runs=long_runs)
     got = interpreted(inputs, plan, dataclasses.replace(config, interpret=True))
     assert_within_budget(got, *judges(inputs, plan))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("head_dim", [48, 64, 80, 128])
+@pytest.mark.parametrize("head_dim", [48, 64, 96, 128])
 @pytest.mark.parametrize("long_runs", [False, True])
 def test_kernels_lower_for_cuda(dtype, head_dim, long_runs):
     runs = jax.eval_shape(lambda: sfj.causal(300)).runs
     config = mosaic_config(head_dim, long_runs=long_runs)
     for kernel, operands in passes(mosaic, dtype, head_dim, runs):
         assert "mosaic_gpu" in lowered(functools.partial(kernel, scale=0.1, config=config), *operands)
-
-
-def test_not_picked_before_it_has_run_on_a_gpu():
-    q = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match="mosaic"):
-        sfj.sparse_attention(q, q, q, sfj.causal(64), implementation="mosaic")

@@ -71,8 +71,8 @@ def _multiple_of_8(slots: int) -> int:
 def triton_config(dtype: Any, head_dim: int, *, long_runs: bool, capability: float) -> Config[Blocks]:
     """Returns tiles for the Triton implementation.
 
-    Those that were fastest, all in all, on an H100 at T = 16384 (benchmarks/notes.md). GPUs with less shared memory
-    keep fewer tiles in flight.
+    In 16 bits and up to head dim 128, those that were fastest, all in all, on an H100 at T = 16384
+    (benchmarks/notes.md). GPUs with less shared memory keep fewer tiles in flight.
 
     Args:
         dtype: of q, k and v.
@@ -80,7 +80,7 @@ def triton_config(dtype: Any, head_dim: int, *, long_runs: bool, capability: flo
         long_runs: whether a run spans many tiles.
         capability: compute capability of the GPU.
     """
-    itemsize = jnp.dtype(dtype).itemsize
+    itemsize, head_dim = jnp.dtype(dtype).itemsize, triton_head_dim(head_dim)
     if itemsize == 4 or head_dim > 128:
         small = Blocks(rows=32, columns=16 if itemsize * head_dim > 512 else 32, num_warps=4, num_stages=2)
         tiles = (small, small, small)
@@ -96,6 +96,11 @@ def triton_config(dtype: Any, head_dim: int, *, long_runs: bool, capability: flo
     # Forward holds q of its rows; dQ also do, dK/dV k and v.
     forward, dq, dkv = (_fit(tile, n, head_dim, itemsize, limit) for tile, n in zip(tiles, (1, 2, 2), strict=True))
     return Config(forward=forward, dq=dq, dkv=dkv)
+
+
+def triton_head_dim(head_dim: int) -> int:
+    """Returns the head dim that the Triton kernels run at: a power of two, for that backend."""
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def mosaic_config(head_dim: int, *, long_runs: bool) -> Config[HopperBlocks]:

@@ -9,7 +9,14 @@ from typing import Any
 
 import jax
 
-from sparse_flash_jax.kernels.config import Config, triton_config, xla_config
+from sparse_flash_jax.kernels.config import (
+    Blocks,
+    Config,
+    HopperBlocks,
+    mosaic_config,
+    triton_config,
+    xla_config,
+)
 from sparse_flash_jax.kernels.tiles import Runs
 from sparse_flash_jax.kernels.tuned import tuned_config
 
@@ -17,6 +24,7 @@ IMPLEMENTATIONS = ("mosaic", "triton", "xla")
 
 _TRITON_CAPABILITY = 8.0  # Ampere
 _TRITON_HEAD_DIM = 256
+_MOSAIC_HEAD_DIM = 128
 
 
 def check_implementation(implementation: str | None, head_dim: int, config: Config | None = None) -> None:
@@ -28,14 +36,21 @@ def check_implementation(implementation: str | None, head_dim: int, config: Conf
         config: its tiles; with `interpret`, GPU kernels run on any device.
 
     Raises:
-        ValueError: if the implementation is unknown.
+        ValueError: if the implementation is unknown, or the tiles are not of its kind.
         NotImplementedError: if it cannot do this.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}.")
+    expected = HopperBlocks if implementation == "mosaic" else Blocks
+    if config is not None and not isinstance(config.forward, expected):
+        got = type(config.forward).__name__
+        raise ValueError(f"implementation={implementation!r} takes a config of {expected.__name__}, got {got}.")
     lacks = None
-    if implementation == "mosaic" and not (config is not None and config.interpret):
-        lacks = "is not finished yet"
+    if implementation == "mosaic":
+        if head_dim > _MOSAIC_HEAD_DIM:
+            lacks = f"has head dims up to {_MOSAIC_HEAD_DIM}, got {head_dim}"
+        elif config is None or not config.interpret:
+            lacks = "is not finished yet"
     elif implementation == "triton":
         lacks = _what_triton_lacks(head_dim, interpret=config is not None and config.interpret)
     if lacks:
@@ -56,11 +71,13 @@ def default_config(implementation: str, *, dtype: Any, head_dim: int, runs: Runs
     """Returns the tiles that suit the shapes and the default device."""
     if implementation == "xla":
         return xla_config(query_slots=runs.k_start.shape[2], key_slots=runs.q_start.shape[2])
-    # One run for all batch entries and heads is a plan of no data: causal, or a window.
+    # One run for all batch entries and heads: most often a plan of no data, causal or a window.
     long_runs = runs.k_start.shape[:2] == (1, 1)
     tuned = tuned_config(implementation, dtype, head_dim, long_runs=long_runs)
     if tuned is not None:
         return tuned
+    if implementation == "mosaic":
+        return mosaic_config(head_dim, long_runs=long_runs)
     return triton_config(dtype, head_dim, long_runs=long_runs, capability=_compute_capability())
 
 

@@ -82,13 +82,15 @@ def _kernel(
         plgpu.barrier_wait(q_ready.at[own])
 
         def softmax(s, top, total, j, masked):
-            if masked:
-                s = jnp.where(visible(start, stop, j * block.columns, tile), s, LOWEST)
-            new_top = jnp.maximum(top, s.max(axis=1) * factor)
+            # Hidden scores are lowest once scaled. With none hidden and an order-keeping factor, exp2 takes it in.
+            left = 1.0 if masked or factor <= 0 else factor
+            s = s if left == factor else s * factor
+            seen = visible(start, stop, j * block.columns, tile) if masked else None
+            s = s if seen is None else jnp.where(seen, s, LOWEST)
+            new_top = jnp.maximum(top, s.max(axis=1) * left)
+            p = jnp.exp2(s * left - spread_rows(new_top, tile))
+            p = p if seen is None else jnp.where(seen, p, 0.0)
             keep = jnp.exp2(top - new_top)
-            # Where a row has seen nothing yet, its hidden scores must not count as the largest.
-            base = jnp.where(new_top <= LOWEST * 1e-2, 0.0, new_top) if masked else new_top
-            p = jnp.exp2(s * factor - spread_rows(base, tile))
             return p.astype(dtype), new_top, total * keep + p.sum(axis=1), keep
 
         def scores(j):

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Int32
 
-from sparse_flash_jax.kernels.config import Blocks, Config
+from sparse_flash_jax.kernels.config import Blocks, Config, triton_head_dim
 from sparse_flash_jax.kernels.tiles import TileRange, tile_range
 
 _SMALLEST = 16  # side of a product's operands
@@ -89,8 +89,7 @@ def _check_block(block: Blocks) -> None:
 def _padded(shape: tuple[int, ...], side: int) -> tuple[int, ...]:
     """[B A L] and [B A L H] with L a multiple of a tile's side, and H a power of two."""
     batch, heads, length, *head_dim = shape
-    powers = (max(_SMALLEST, 1 << (size - 1).bit_length()) for size in head_dim)
-    return batch, heads, pl.cdiv(length, side) * side, *powers
+    return batch, heads, pl.cdiv(length, side) * side, *map(triton_head_dim, head_dim)
 
 
 def _pad(x: Array, side: int) -> Array:
@@ -127,8 +126,8 @@ def longest_first(
     rank = jnp.flip(rank, axis=2) if last_first else rank
     # One int32 a program, rank above place: at most log2(size) ranks, so it fits for up to 2^26 programs.
     ranked = jnp.sort(rank.reshape(-1) * work.size + jnp.arange(work.size, dtype=jnp.int32))
-    place, tiles = ranked % work.size, work.shape[-1]
-    return place + tiles - 1 - 2 * (place % tiles) if last_first else place
+    program, tiles = ranked % work.size, work.shape[-1]
+    return program + tiles - 1 - 2 * (program % tiles) if last_first else program
 
 
 def place(order_ref: Any, heads: int, tiles: int) -> tuple[Array, Array, Array]:
