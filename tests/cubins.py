@@ -103,7 +103,9 @@ def main() -> None:
     ]
     shipped += [
         (mosaic, HOPPER, dtype, head_dim, long_runs, mosaic_config(head_dim, long_runs=long_runs))
-        for dtype, head_dim, long_runs in itertools.product(("bfloat16", "float16"), (64, 96, 128), (False, True))
+        for dtype, head_dim, long_runs in itertools.product(
+            ("bfloat16", "float16"), (64, 96, 128, 192, 256), (False, True)
+        )
     ]
     wanted = sys.argv[1:]
     for kernels, kind, dtype, head_dim, long_runs, config in shipped:

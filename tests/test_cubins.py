@@ -33,5 +33,4 @@ def test_shipped_kernels_compile(implementation):
     assert len(records) > 20
     assert not [record for record in records if record["error"]]
     assert not [record for record in records if record["serialised"]]
-    # dK/dV at head dim 128 keeps a few loop bounds in memory.
-    assert not [record for record in records if implementation == "mosaic" and record["spilled_bytes"] > 64]
+    assert not [record for record in records if implementation == "mosaic" and record["spilled_bytes"]]

@@ -37,6 +37,13 @@ class TestInterpreted(IntervalContract):
     dtypes = ("bfloat16", "float16")
 
 
+@pytest.fixture(autouse=True)
+def no_races(capfd):
+    """JAX before 0.12 prints what later versions raise."""
+    yield
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
 @functools.partial(jax.jit, static_argnums=2)
 def interpreted(inputs, plan, config):
     def attention(q, k, v):
@@ -45,7 +52,7 @@ def interpreted(inputs, plan, config):
     return with_gradients(attention, inputs)
 
 
-SMALL = [case for case in CASES if case.shape.H <= 128 and case.shape.T < 500]  # the interpreter is slow
+SMALL = [case for case in CASES if case.shape.T < 500]  # the interpreter is slow
 
 
 @pytest.mark.parametrize(("case", "long_runs"), [*zip(SMALL, itertools.cycle([True, False]))], ids=str)
@@ -59,7 +66,7 @@ def test_interpreted_cases_within_budget(case, long_runs):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("head_dim", [48, 64, 96, 128])
+@pytest.mark.parametrize("head_dim", [48, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("long_runs", [False, True])
 def test_kernels_lower_for_cuda(dtype, head_dim, long_runs):
     runs = jax.eval_shape(lambda: sfj.causal(300)).runs

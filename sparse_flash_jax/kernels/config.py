@@ -104,16 +104,21 @@ def triton_head_dim(head_dim: int) -> int:
 
 
 def mosaic_config(head_dim: int, *, long_runs: bool) -> Config[HopperBlocks]:
-    """Returns tiles for the Hopper kernels, for head dims up to 128.
+    """Returns tiles for the Hopper kernels.
 
     Args:
         head_dim: H.
         long_runs: whether a run spans many tiles.
     """
+    if head_dim > 128:
+        stages = 2 if head_dim <= 192 else 1  # all that the shared memory holds
+        gradient = HopperBlocks(warpgroups=2, columns=64, num_stages=stages)
+        forward = HopperBlocks(warpgroups=2, columns=64, num_stages=2, overlap=True)
+        return Config(forward=forward, dq=gradient, dkv=gradient)
     if head_dim > 64:
         return Config(
             forward=HopperBlocks(warpgroups=2, columns=128, num_stages=2, overlap=True),
-            dq=HopperBlocks(warpgroups=2, columns=64, num_stages=2, overlap=long_runs),
+            dq=HopperBlocks(warpgroups=2, columns=128 if long_runs else 64, num_stages=2),
             dkv=HopperBlocks(warpgroups=2, columns=64, num_stages=3),
         )
     if long_runs:

@@ -24,7 +24,7 @@ IMPLEMENTATIONS = ("mosaic", "triton", "xla")
 
 _TRITON_CAPABILITY = 8.0  # Ampere
 _TRITON_HEAD_DIM = 256
-_MOSAIC_HEAD_DIM = 128
+_MOSAIC_HEAD_DIM = 256
 
 
 def check_implementation(implementation: str | None, head_dim: int, config: Config | None = None) -> None:

@@ -25,6 +25,7 @@ from sparse_flash_jax.kernels.mosaic.program import (
     Program,
     Shapes,
     Turns,
+    afresh,
     after_first,
     compute_tiles,
     load_columns,
@@ -82,15 +83,16 @@ def _dq_kernel(
         load = functools.partial(plgpu.load, layout=BY_ROW, optimized=False)
         start, stop = load(k_start.at[*seen]), load(k_stop.at[*seen])
         lse_row, delta_row = load(lse.at[b, n, rows]), load(delta.at[b, n, rows])
-        slot = lambda j: program.slot(taken + j - visited.start)
+        slot = lambda j: afresh(program.slot(taken + j - visited.start))
         plgpu.barrier_wait(rows_ready.at[own])
 
         def issue(s_ref, dp_ref, j):
+            here = afresh(own)
             plgpu.barrier_wait(k_ready.at[slot(j)])
             turns.take()
-            multiply(s_ref, q_tile.at[own], k_ring.at[slot(j)], stage, transposed=True)
+            multiply(s_ref, q_tile.at[here], k_ring.at[slot(j)], stage, transposed=True)
             plgpu.barrier_wait(v_ready.at[slot(j)])
-            multiply(dp_ref, do_tile.at[own], v_ring.at[slot(j)], stage, transposed=True)
+            multiply(dp_ref, do_tile.at[here], v_ring.at[slot(j)], stage, transposed=True)
 
         def gradient(s_ref, dp_ref, j, masked, behind):
             """ds of a step, both products issued and `behind` more after them."""
@@ -174,71 +176,72 @@ def _dkv_kernel(
     do,
     lse,
     delta,
-    dk,
-    dv,
-    k_tile,
-    v_tile,
-    q_ring,
-    do_ring,
-    lse_ring,
-    delta_ring,
-    rows_ready,
-    q_ready,
-    do_ready,
-    free,
-    stage=None,
-    *,
+    *refs,
+    parts: str,
     scale: float,
     shapes: Shapes,
 ):
+    """Computes dk, dv, or both: `parts` is "k", "v" or "kv"."""
+    outputs, (k_tile, v_tile, q_ring, do_ring, lse_ring, delta_ring, rows_ready, q_ready, do_ready, free, *stage) = (
+        refs[: len(parts)],
+        refs[len(parts) :],
+    )
     program, block = Program(shapes), shapes.block
     b, head = program.batch, program.head
     dtype = k.dtype
     tile = (WARPGROUP_ROWS, block.columns)
-    interpreted = stage is not None
-    stage = stage.at[program.warpgroup] if interpreted else None
+    stage = stage[0].at[program.warpgroup] if stage else None
+    in_registers = block.rows_in_registers and stage is None
 
     def fetch(r):
         own, rows = program.own(r), program.rows(r)
         plgpu.copy_gmem_to_smem(k.at[b, head, rows], k_tile.at[own], rows_ready.at[own])
-        plgpu.copy_gmem_to_smem(v.at[b, head, rows], v_tile.at[own], rows_ready.at[own])
+        if "k" in parts:
+            plgpu.copy_gmem_to_smem(v.at[b, head, rows], v_tile.at[own], rows_ready.at[own])
 
     def compute(r, taken):
         rows, own = program.rows(r), program.own(r)
         plgpu.barrier_wait(rows_ready.at[own])
-        k_rows, v_rows = k_tile.at[own], v_tile.at[own]
-        if block.rows_in_registers and not interpreted:
-            k_rows, v_rows = plgpu.load(k_rows, layout=LAYOUT), plgpu.load(v_rows, layout=LAYOUT)
+        held = [plgpu.load(x.at[own], layout=LAYOUT) for x in (k_tile, v_tile)] if in_registers else None
 
-        def of_member(dk_acc, dv_acc, member, taken):
+        def of_member(sums, member, taken):
             visited = program.columns(r, q_start, q_stop, member)
             seen = (*program.bounds(q_start, member), rows)
             start, stop = (plgpu.load(ref.at[*seen], layout=BY_ROW, optimized=False) for ref in (q_start, q_stop))
-            slot = lambda j: program.slot(taken + j - visited.start)
+            slot = lambda j: afresh(program.slot(taken + j - visited.start))
             load = lambda ring, j: spread_columns(plgpu.load(ring.at[slot(j)], layout=BY_COLUMN), tile)
 
             def step(j, carry, *, masked):
                 mask = visible(start, stop, j * block.columns, tile) if masked else None
 
-                def scoped(s_ref, dp_ref):
+                def gradient(s_ref, dp_ref):
+                    """ds; adds to dv on the way."""
+                    here = afresh(own)
+                    k_rows, v_rows = held or (k_tile.at[here], v_tile.at[here])
                     plgpu.barrier_wait(q_ready.at[slot(j)])
                     multiply(s_ref, k_rows, q_ring.at[slot(j)], stage, transposed=True)
                     plgpu.barrier_wait(do_ready.at[slot(j)])
-                    multiply(dp_ref, v_rows, do_ring.at[slot(j)], stage, transposed=True)
-                    s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+                    if "k" in parts:
+                        multiply(dp_ref, v_rows, do_ring.at[slot(j)], stage, transposed=True)
+                    s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1 if "k" in parts else 0)
                     p = jnp.exp2(s * (scale * LOG2E) - load(lse_ring, j))
                     p = p if mask is None else jnp.where(mask, p, 0.0)
                     p = p.astype(dtype)
-                    multiply(dv_acc, p, do_ring.at[slot(j)], stage)
+                    if "v" in parts:
+                        multiply(sums["v"], p, do_ring.at[slot(j)], stage)
+                    if "k" not in parts:
+                        return None
                     # Widened again only now: p in float32 would not fit the registers besides.
-                    dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
+                    dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=len(parts) - 1)
                     p, dp = lax.optimization_barrier((p, dp))
                     ds = p.astype(jnp.float32) * (dp - load(delta_ring, j))
                     ds = ds if mask is None else jnp.where(mask, ds, 0.0)
                     return ds.astype(dtype)
 
-                ds = pl.run_scoped(scoped, product(tile), product(tile))
-                multiply(dk_acc, ds, q_ring.at[slot(j)], stage)
+                products = [product(tile)] * (2 if "k" in parts else 1)
+                ds = pl.run_scoped(lambda s_ref, dp_ref=None: gradient(s_ref, dp_ref), *products)
+                if "k" in parts:
+                    multiply(sums["k"], ds, q_ring.at[slot(j)], stage)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(free.at[slot(j)])
                 return carry
@@ -246,28 +249,25 @@ def _dkv_kernel(
             sweep(step, visited, jnp.int32(0))
             return taken + visited.stop - visited.start
 
-        def accumulate(dk_acc, dv_acc):
-            visit = functools.partial(of_member, dk_acc, dv_acc)
-            return over_members(shapes.members, visit, taken), dk_acc[...], dv_acc[...]
+        def accumulate(*refs):
+            visit = functools.partial(of_member, dict(zip(parts, refs, strict=True)))
+            return over_members(shapes.members, visit, taken), *(ref[...] for ref in refs)
 
-        acc = product((WARPGROUP_ROWS, k.shape[3]))
-        taken, dk_sum, dv_sum = pl.run_scoped(accumulate, acc, acc)
-        k_tile[own] = (dk_sum * scale).astype(dtype)
-        v_tile[own] = dv_sum.astype(dtype)
+        taken, *sums = pl.run_scoped(accumulate, *[product((WARPGROUP_ROWS, k.shape[3]))] * len(parts))
+        buffers_of = {"k": k_tile, "v": k_tile if parts == "v" else v_tile}
+        for part, x in zip(parts, sums, strict=True):
+            buffers_of[part][own] = (x * scale if part == "k" else x).astype(dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(k_tile.at[own], dk.at[b, head, rows])
-        plgpu.copy_smem_to_gmem(v_tile.at[own], dv.at[b, head, rows])
+        for part, output in zip(parts, outputs, strict=True):
+            plgpu.copy_smem_to_gmem(buffers_of[part].at[own], output.at[b, head, rows])
         return taken
 
     def loading():
         def load(member, j, buffer):
             n, columns = head * shapes.members + member, pl.ds(j * block.columns, block.columns)
-            for source, ring, ready in (
-                (q, q_ring, q_ready),
-                (lse, lse_ring, q_ready),
-                (do, do_ring, do_ready),
-                (delta, delta_ring, do_ready),
-            ):
+            streams = [(q, q_ring, q_ready), (lse, lse_ring, q_ready), (do, do_ring, do_ready)]
+            streams += [(delta, delta_ring, do_ready)] if "k" in parts else []
+            for source, ring, ready in streams:
                 plgpu.copy_gmem_to_smem(source.at[b, n, columns], ring.at[buffer], ready.at[buffer])
 
         load_columns(program, lambda r, member: program.columns(r, q_start, q_stop, member), [Feed(free, load)])
@@ -323,24 +323,37 @@ def backward_dkv(
     config: Config[HopperBlocks],
 ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
     """Returns dk and dv in k's dtype, summed over the query heads of a group."""
+    # From head dim 192 on the registers hold one of the two sums.
+    launches = ("kv",) if k.shape[3] <= 128 else ("k", "v")
+    operands = (q, k, v, runs, lse, do, delta)
+    dk, dv = (x for parts in launches for x in _dkv(parts, *operands, scale=scale, config=config))
+    return dk, dv
+
+
+def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, config):
     block, head_dim = config.dkv, padded_head_dim(k.shape[3])
-    held = row_buffers(block)
-    ready, free = ring_barriers(block, arrivals=2)
+    held, both = row_buffers(block), 2 if "k" in parts else 1
+    free = ring_barriers(block)[1]
+    q_ready, do_ready = (ring_barriers(block, arrivals)[0] for arrivals in (2, both))
     own = buffers(held, WARPGROUP_ROWS, head_dim, k.dtype)
     ring = buffers(block.num_stages, block.columns, head_dim, k.dtype)
     vector = plgpu.SMEM((block.num_stages, block.columns), jnp.float32)
-    rows_ready = plgpu.Barrier(num_arrivals=2, num_barriers=held)
-    dk, dv = launch(
-        _dkv_kernel,
+    rows_ready = plgpu.Barrier(num_arrivals=both, num_barriers=held)
+    unused = plgpu.SMEM((32,), jnp.float32)
+    if "k" in parts:
+        scratch = (own, own, ring, ring, vector, vector, rows_ready, q_ready, do_ready, free)
+    else:
+        scratch = (own, unused, ring, ring, vector, unused, rows_ready, q_ready, do_ready, free)
+    return launch(
+        functools.partial(_dkv_kernel, parts=parts),
         (runs.q_start, runs.q_stop),
         (k, v),
         (q, do, lse * LOG2E, delta),
-        (k, v),
-        (own, own, ring, ring, vector, vector, rows_ready, ready, ready, free),
+        [{"k": k, "v": v}[part] for part in parts],
+        scratch,
         scale=scale,
         block=block,
         last_first=False,
         config=config,
-        name="interval_attention_dkv",
+        name="interval_attention_d" + parts,
     )
-    return dk, dv

@@ -27,6 +27,7 @@ from sparse_flash_jax.kernels.mosaic.program import (
     Shapes,
     Turns,
     accumulate,
+    afresh,
     after_first,
     compute_tiles,
     load_columns,
@@ -78,7 +79,7 @@ def _kernel(
         visited, rows, own = program.columns(r, k_start, k_stop), program.rows(r), program.own(r)
         seen = (*program.bounds(k_start, 0), rows)
         start, stop = (plgpu.load(ref.at[*seen], layout=BY_ROW, optimized=False) for ref in (k_start, k_stop))
-        slot = lambda j: program.slot(taken + j - visited.start)
+        slot = lambda j: afresh(program.slot(taken + j - visited.start))
         plgpu.barrier_wait(q_ready.at[own])
 
         def softmax(s, top, total, j, masked):
@@ -95,7 +96,7 @@ def _kernel(
 
         def scores(j):
             def scoped(acc):
-                multiply(acc, q_tile.at[own], k_ring.at[slot(j)], stage, transposed=True)
+                multiply(acc, q_tile.at[afresh(own)], k_ring.at[slot(j)], stage, transposed=True)
                 return acc[...]
 
             s = pl.run_scoped(scoped, product(tile))
@@ -136,7 +137,7 @@ def _kernel(
 
                 def both(acc_ref, p_ref, top_ref, total_ref, keep_ref):
                     def scoped(s_ref):
-                        multiply(s_ref, q_tile.at[own], k_ring.at[slot(j)], stage, transposed=True)
+                        multiply(s_ref, q_tile.at[afresh(own)], k_ring.at[slot(j)], stage, transposed=True)
                         plgpu.wgmma_wait(1)  # waits for nothing, and keeps the two products apart
                         plgpu.barrier_wait(v_ready.at[slot(j - 1)])
                         plgpu.wgmma(acc_ref, p, v_ring.at[slot(j - 1)])

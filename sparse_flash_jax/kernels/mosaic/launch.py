@@ -1,6 +1,7 @@
 """What the three Hopper kernels share outside of them: padding, shared memory and the launch itself."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,12 @@ from jaxtyping import Array, Int32
 
 from sparse_flash_jax.kernels.config import Config, HopperBlocks
 from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Shapes
+
+# JAX before 0.12 has no `on_race`, and prints.
+_RAISE: dict[str, Any] = (
+    {"on_race": "raise"} if "on_race" in inspect.signature(plgpu.InterpretGPUParams).parameters else {}
+)
+_INTERPRET = plgpu.InterpretGPUParams(detect_races=True, **_RAISE)
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
 """Others are padded to the next of these."""
@@ -65,7 +72,7 @@ def launch(
     body.__name__ = name  # pyright: ignore[reportAttributeAccessIssue]
     interpreted = {}
     if config.interpret:
-        interpreted["interpret"] = plgpu.InterpretGPUParams(detect_races=True, on_race="raise")
+        interpreted["interpret"] = _INTERPRET
         scratch = [*scratch, buffers(block.warpgroups, WARPGROUP_ROWS, block.columns, rows[0].dtype)]
     call = plgpu.kernel(
         body,

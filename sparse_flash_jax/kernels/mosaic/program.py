@@ -206,6 +206,15 @@ def split_roles(block: HopperBlocks, compute: Callable[[], None], load: Callable
         load()
 
 
+def afresh(buffer: Any) -> Any:
+    """Returns a buffer's number as one that changes in a loop.
+
+    The compiler makes addresses of what stays ahead of the loop, one for each step of a product, and keeps them in
+    registers that sums need: up to 1 KiB a thread was spilled for them.
+    """
+    return lax.optimization_barrier(buffer)
+
+
 def spread_rows(x: Array, shape: tuple[int, int]) -> Array:
     """Returns [rows] as [rows, columns]."""
     return lax.broadcast_in_dim(x, shape, [0])
