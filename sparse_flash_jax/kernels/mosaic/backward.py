@@ -15,7 +15,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from sparse_flash_jax.kernels.config import Config, HopperBlocks
-from sparse_flash_jax.kernels.mosaic.launch import buffers, launch, padded_head_dim, ring_barriers, row_buffers
+from sparse_flash_jax.kernels.mosaic.launch import (
+    buffers,
+    free_barriers,
+    launch,
+    padded_head_dim,
+    ready_barriers,
+    row_buffers,
+)
 from sparse_flash_jax.kernels.mosaic.program import (
     BY_COLUMN,
     BY_ROW,
@@ -24,11 +31,13 @@ from sparse_flash_jax.kernels.mosaic.program import (
     Feed,
     Program,
     Shapes,
+    Stream,
     Turns,
     afresh,
     after_first,
     compute_tiles,
     load_columns,
+    load_keys,
     multiply,
     over_members,
     product,
@@ -67,7 +76,6 @@ def _dq_kernel(
 ):
     program, block = Program(shapes), shapes.block
     b, n = program.batch, program.head
-    head = lax.div(n, jnp.int32(shapes.group))
     dtype = q.dtype
     tile = (WARPGROUP_ROWS, block.columns)
     stage = None if stage is None else stage.at[program.warpgroup]
@@ -154,15 +162,7 @@ def _dq_kernel(
         turns.close()
 
     def loading():
-        def load(source, ring, ready):
-            def copy(member, j, buffer):
-                columns = pl.ds(j * block.columns, block.columns)
-                plgpu.copy_gmem_to_smem(source.at[b, head, columns], ring.at[buffer], ready.at[buffer])
-
-            return copy
-
-        ranges = lambda r, member: program.columns(r, k_start, k_stop)
-        load_columns(program, ranges, [Feed(k_free, load(k, k_ring, k_ready)), Feed(v_free, load(v, v_ring, v_ready))])
+        load_keys(program, k_start, k_stop, [Stream(k, k_ring, k_ready, k_free), Stream(v, v_ring, v_ready, v_free)])
 
     split_roles(block, computing, loading)
 
@@ -290,7 +290,7 @@ def backward_dq(
     """Returns dq in q's dtype; `delta` is sum(o * do) less the cotangent of lse."""
     block, head_dim = config.dq, padded_head_dim(q.shape[3])
     held = row_buffers(block)
-    ready, free = ring_barriers(block)
+    ready, free = ready_barriers(block), free_barriers(block)
     own = buffers(held, WARPGROUP_ROWS, head_dim, q.dtype)
     ring = buffers(block.num_stages, block.columns, head_dim, q.dtype)
     turn = plgpu.Barrier(num_barriers=block.warpgroups)
@@ -333,8 +333,7 @@ def backward_dkv(
 def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, config):
     block, head_dim = config.dkv, padded_head_dim(k.shape[3])
     held, both = row_buffers(block), 2 if "k" in parts else 1
-    free = ring_barriers(block)[1]
-    q_ready, do_ready = (ring_barriers(block, arrivals)[0] for arrivals in (2, both))
+    q_ready, do_ready, free = ready_barriers(block, 2), ready_barriers(block, both), free_barriers(block)
     own = buffers(held, WARPGROUP_ROWS, head_dim, k.dtype)
     ring = buffers(block.num_stages, block.columns, head_dim, k.dtype)
     vector = plgpu.SMEM((block.num_stages, block.columns), jnp.float32)

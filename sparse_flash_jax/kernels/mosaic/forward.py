@@ -17,20 +17,27 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from sparse_flash_jax.kernels.config import Config, HopperBlocks
-from sparse_flash_jax.kernels.mosaic.launch import buffers, launch, padded_head_dim, ring_barriers, row_buffers
+from sparse_flash_jax.kernels.mosaic.launch import (
+    buffers,
+    free_barriers,
+    launch,
+    padded_head_dim,
+    ready_barriers,
+    row_buffers,
+)
 from sparse_flash_jax.kernels.mosaic.program import (
     BY_ROW,
     LAYOUT,
     WARPGROUP_ROWS,
-    Feed,
     Program,
     Shapes,
+    Stream,
     Turns,
     accumulate,
     afresh,
     after_first,
     compute_tiles,
-    load_columns,
+    load_keys,
     multiply,
     product,
     split_roles,
@@ -65,7 +72,6 @@ def _kernel(
 ):
     program, block = Program(shapes), shapes.block
     b, n = program.batch, program.head
-    head = lax.div(n, jnp.int32(shapes.group))
     head_dim, dtype = q.shape[3], q.dtype
     tile = (WARPGROUP_ROWS, block.columns)
     factor = scale * LOG2E
@@ -185,15 +191,7 @@ def _kernel(
         turns.close()
 
     def loading():
-        def load(source, ring, ready):
-            def copy(member, j, buffer):
-                columns = pl.ds(j * block.columns, block.columns)
-                plgpu.copy_gmem_to_smem(source.at[b, head, columns], ring.at[buffer], ready.at[buffer])
-
-            return copy
-
-        ranges = lambda r, member: program.columns(r, k_start, k_stop)
-        load_columns(program, ranges, [Feed(k_free, load(k, k_ring, k_ready)), Feed(v_free, load(v, v_ring, v_ready))])
+        load_keys(program, k_start, k_stop, [Stream(k, k_ring, k_ready, k_free), Stream(v, v_ring, v_ready, v_free)])
 
     split_roles(block, computing, loading)
 
@@ -210,7 +208,7 @@ def forward(
     """Returns o in q's dtype, and lse with -inf where a row sees nothing."""
     block, head_dim = config.forward, padded_head_dim(q.shape[3])
     held = row_buffers(block)
-    ready, free = ring_barriers(block)
+    ready, free = ready_barriers(block), free_barriers(block)
     ring = buffers(block.num_stages, block.columns, head_dim, q.dtype)
     o, lse = launch(
         _kernel,

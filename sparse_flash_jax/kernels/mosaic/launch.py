@@ -13,6 +13,7 @@ from jaxtyping import Array, Int32
 
 from sparse_flash_jax.kernels.config import Config, HopperBlocks
 from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Shapes
+from sparse_flash_jax.kernels.padding import pad, pad_bounds, padded_shape
 
 # JAX before 0.12 has no `on_race`, and prints.
 _RAISE: dict[str, Any] = (
@@ -66,8 +67,7 @@ def launch(
         members=heads // row_heads,
         last_first=last_first,
     )
-    padding = (0, 0), (0, 0), (0, -length % block.rows)
-    start, stop = (jnp.pad(x, padding, mode="edge") for x in bounds)  # the last value again, so still monotone
+    start, stop = (pad_bounds(x, block.rows) for x in bounds)
     body = functools.partial(kernel, scale=scale, shapes=shapes)
     body.__name__ = name  # pyright: ignore[reportAttributeAccessIssue]
     interpreted = {}
@@ -76,7 +76,7 @@ def launch(
         scratch = [*scratch, buffers(block.warpgroups, WARPGROUP_ROWS, block.columns, rows[0].dtype)]
     call = plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct(_padded(x.shape, block.rows), x.dtype) for x in outputs],
+        out_type=[jax.ShapeDtypeStruct(padded_shape(x.shape, block.rows, padded_head_dim), x.dtype) for x in outputs],
         scratch_types=tuple(scratch),
         grid=(batch, row_heads, pl.cdiv(shapes.row_tiles, block.tiles)),
         grid_names=("batch", "head", "program"),  # the last is the fastest: neighbours read the same columns
@@ -85,7 +85,8 @@ def launch(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **interpreted,
     )
-    rows, columns = ([_pad(x, side) for x in xs] for xs, side in ((rows, block.rows), (columns, block.columns)))
+    rows = [pad(x, block.rows, padded_head_dim) for x in rows]
+    columns = [pad(x, block.columns, padded_head_dim) for x in columns]
     padded = call(start, stop, *rows, *columns)
     return [jax.lax.slice(x, (0,) * x.ndim, like.shape) for x, like in zip(padded, outputs, strict=True)]
 
@@ -93,17 +94,6 @@ def launch(
 def padded_head_dim(head_dim: int) -> int:
     """Returns the head dim that the kernels run at."""
     return next(size for size in HEAD_DIMS if size >= head_dim)
-
-
-def _padded(shape: tuple[int, ...], side: int) -> tuple[int, ...]:
-    batch, heads, length, *head_dim = shape
-    return batch, heads, pl.cdiv(length, side) * side, *map(padded_head_dim, head_dim)
-
-
-def _pad(x: Array, side: int) -> Array:
-    """Zeros past the head dim change no score; those past the length are hidden or cut off."""
-    widths = [(0, new - old) for new, old in zip(_padded(x.shape, side), x.shape, strict=True)]
-    return jnp.pad(x, widths) if any(high for _, high in widths) else x
 
 
 def buffers(count: int, rows: int, columns: int, dtype: Any) -> Any:
@@ -120,7 +110,11 @@ def row_buffers(block: HopperBlocks) -> int:
     return min(block.tiles, 2) * block.warpgroups
 
 
-def ring_barriers(block: HopperBlocks, arrivals: int = 1) -> tuple[Any, Any]:
-    """Returns the barriers of a ring: buffers loaded, by so many copies, and buffers read by all that compute."""
-    ready = plgpu.Barrier(num_arrivals=arrivals, num_barriers=block.num_stages)
-    return ready, plgpu.Barrier(num_arrivals=block.warpgroups, num_barriers=block.num_stages)
+def ready_barriers(block: HopperBlocks, copies: int = 1) -> Any:
+    """Returns the barriers of a ring's buffers that so many copies have filled."""
+    return plgpu.Barrier(num_arrivals=copies, num_barriers=block.num_stages)
+
+
+def free_barriers(block: HopperBlocks) -> Any:
+    """Returns the barriers of a ring's buffers that all who compute have read."""
+    return plgpu.Barrier(num_arrivals=block.warpgroups, num_barriers=block.num_stages)

@@ -135,6 +135,30 @@ def load_columns(program: Program, ranges: Callable[[Any, Any], TileRange], feed
             plgpu.barrier_wait(feed.free.at[program.slot(n)])
 
 
+class Stream(NamedTuple):
+    """Keys or values on their way through a ring of their own."""
+
+    source: Any
+    ring: Any
+    ready: Any
+    free: Any
+
+
+def load_keys(program: Program, k_start: Any, k_stop: Any, streams: Sequence[Stream]) -> None:
+    """Loads the tiles of keys and of values that the program's queries see."""
+    head = lax.div(program.head, jnp.int32(program.shapes.group))
+
+    def feed(stream: Stream) -> Feed:
+        def load(member: Any, j: Any, buffer: Any) -> None:
+            columns = pl.ds(j * program.block.columns, program.block.columns)
+            source = stream.source.at[program.batch, head, columns]
+            plgpu.copy_gmem_to_smem(source, stream.ring.at[buffer], stream.ready.at[buffer])
+
+        return Feed(stream.free, load)
+
+    load_columns(program, lambda r, member: program.columns(r, k_start, k_stop), [feed(x) for x in streams])
+
+
 def over_members(members: int, visit: Callable[[Any, Any], Any], carry: Any) -> Any:
     """Runs carry = visit(member, carry) over the query heads of a group."""
     return visit(0, carry) if members == 1 else lax.fori_loop(0, members, visit, jnp.int32(carry))
@@ -238,16 +262,14 @@ def multiply(acc: Any, a: Any, b: Any, stage: Any, *, transposed: bool = False) 
     for it there is `stage`, shared memory that a goes through, and the operands are loaded besides. As loads are not
     ordered with copies that later overwrite what they read, and products are, a fence follows.
     """
-    if stage is None:
-        plgpu.wgmma(acc, a, b.T if transposed else b)
-        return
-    if isinstance(a, Array):
-        stage[...] = a
+    if stage is not None:
+        if isinstance(a, Array):
+            stage[...] = a
+            plgpu.commit_smem()
+            a = stage
+        for operand in (a, b):
+            plgpu.load(operand, layout=LAYOUT)
         plgpu.commit_smem()
-        a = stage
-    for operand in (a, b):
-        plgpu.load(operand, layout=LAYOUT)
-    plgpu.commit_smem()
     plgpu.wgmma(acc, a, b.T if transposed else b)
 
 

@@ -13,6 +13,7 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Int32
 
 from sparse_flash_jax.kernels.config import Blocks, Config, triton_head_dim
+from sparse_flash_jax.kernels.padding import pad, pad_bounds, padded_shape
 from sparse_flash_jax.kernels.tiles import TileRange, tile_range
 
 _SMALLEST = 16  # side of a product's operands
@@ -51,8 +52,7 @@ def launch(
     heads, key_heads = sorted((rows[0].shape[1], columns[0].shape[1]), reverse=True)
     batch, row_heads = rows[0].shape[:2]
     tiles = pl.cdiv(rows[0].shape[2], block.rows)
-    padding = (0, 0), (0, 0), (0, -bounds[0].shape[2] % block.rows)
-    start, stop = (jnp.pad(x, padding, mode="edge") for x in bounds)  # the last value again, so still monotone
+    start, stop = (pad_bounds(x, block.rows) for x in bounds)
     order = longest_first(start, stop, block, last_first=last_first, batch=batch, heads=heads, group=heads // row_heads)
     # Raised anew at each lowering; this one message, and no other, is silenced.
     warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
@@ -68,14 +68,16 @@ def launch(
             precision=_precision(rows[0].dtype, config),
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(_padded(x.shape, block.rows), x.dtype, manual_axis_type=varying) for x in outputs
+            jax.ShapeDtypeStruct(padded_shape(x.shape, block.rows, triton_head_dim), x.dtype, manual_axis_type=varying)
+            for x in outputs
         ],
         grid=(batch * row_heads * tiles,),
         compiler_params=pltriton.CompilerParams(num_warps=block.num_warps, num_stages=block.num_stages),
         interpret=config.interpret,
         name=name,
     )
-    rows, columns = ([_pad(x, side) for x in xs] for xs, side in ((rows, block.rows), (columns, block.columns)))
+    rows = [pad(x, block.rows, triton_head_dim) for x in rows]
+    columns = [pad(x, block.columns, triton_head_dim) for x in columns]
     padded = call(order, start, stop, *rows, *columns)
     return [lax.slice(x, (0,) * x.ndim, like.shape) for x, like in zip(padded, outputs, strict=True)]
 
@@ -84,18 +86,6 @@ def _check_block(block: Blocks) -> None:
     for side in (block.rows, block.columns):
         if side < _SMALLEST or side & (side - 1):
             raise ValueError(f"tiles of the Triton kernels have sides that are powers of two from 16 on, got {block}.")
-
-
-def _padded(shape: tuple[int, ...], side: int) -> tuple[int, ...]:
-    """[B A L] and [B A L H] with L a multiple of a tile's side, and H a power of two."""
-    batch, heads, length, *head_dim = shape
-    return batch, heads, pl.cdiv(length, side) * side, *map(triton_head_dim, head_dim)
-
-
-def _pad(x: Array, side: int) -> Array:
-    """Zeros past the head dim change no score; those past the length are hidden or cut off."""
-    widths = [(0, new - old) for new, old in zip(_padded(x.shape, side), x.shape, strict=True)]
-    return jnp.pad(x, widths) if any(high for _, high in widths) else x
 
 
 def _precision(dtype: Any, config: Config[Blocks]) -> lax.Precision:

@@ -1,0 +1,23 @@
+"""Padding to whole tiles, for kernels whose tiles must not stick out."""
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+
+def padded_shape(shape: Sequence[int], side: int, head_dim: Callable[[int], int]) -> tuple[int, ...]:
+    """Returns [B A L] or [B A L H] with L a multiple of a tile's side, and H as `head_dim(H)` says."""
+    batch, heads, length, *size = shape
+    return batch, heads, -(-length // side) * side, *map(head_dim, size)
+
+
+def pad(x: Array, side: int, head_dim: Callable[[int], int]) -> Array:
+    """Returns x padded. Zeros past the head dim change no score; those past the length are hidden or cut off."""
+    widths = [(0, new - old) for new, old in zip(padded_shape(x.shape, side, head_dim), x.shape, strict=True)]
+    return jnp.pad(x, widths) if any(high for _, high in widths) else x
+
+
+def pad_bounds(bound: Int32[Array, "b a L"], side: int) -> Int32[Array, "b a M"]:
+    """Returns bounds of runs padded with the last value again, so that they stay monotone."""
+    return jnp.pad(bound, ((0, 0), (0, 0), (0, -bound.shape[2] % side)), mode="edge")
