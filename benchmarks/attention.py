@@ -156,7 +156,7 @@ def _record(case: Case, dense: dict[str, Timing] | str, implementation: str | No
 
 def _tiles(case: Case, plan: AttentionPlan, implementation: str | None) -> PlanStats:
     """Counts the tiles of the forward pass."""
-    implementation = implementation or pick_implementation(case.shape.H)
+    implementation = implementation or pick_implementation(case.dtype, case.shape.H)
     blocks = default_config(implementation, dtype=case.dtype, head_dim=case.shape.H, runs=plan.runs).forward
     return plan.stats(blocks.rows, blocks.columns)
 

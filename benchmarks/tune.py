@@ -36,7 +36,7 @@ PRINTED = 3  # of each pass, the fastest
 def main() -> None:
     """Measures, prints the fastest, writes JSON."""
     args = _arguments()
-    check_implementation(args.implementation, max(args.head_dims))
+    check_implementation(args.implementation, args.dtype, max(args.head_dims))
     rows, timings = [], []
     with written({"environment": environment(), "rows": rows, "timings": timings}, args.out or _default_path(args)):
         for head_dim, long_runs in itertools.product(args.head_dims, PATTERNS):

@@ -70,7 +70,7 @@ def sparse_attention(q, k, v, plan, *, scale=None, implementation=None, config=N
     """
     check_attention_inputs(q, k, v)
     check_scale(scale)
-    check_implementation(implementation, q.shape[-1], config)
+    check_implementation(implementation, q.dtype, q.shape[-1], config)
     _check_plan(plan, q, k)
 
     q = gather(q, plan.query_order, plan.query_slot)

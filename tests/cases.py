@@ -95,6 +95,10 @@ class Case:
         named = "-".join(f"{name}{size}" for name, size in sizes.items() if size is not None)
         return f"{named}-{self.pattern.name}-{SHORT[self.dtype]}"
 
+    def in_16_bits(self) -> "Case":
+        """The case for kernels that have no float32."""
+        return dataclasses.replace(self, dtype="float16") if self.dtype == "float32" else self
+
     def _generator(self, purpose: int) -> np.random.Generator:
         return np.random.default_rng([zlib.crc32(str(self).encode()), purpose])
 

@@ -38,7 +38,7 @@ from tests.cases import Arrays, Case, Pattern, Shape
 # Those that a device runs unless others are named.
 IMPLEMENTATIONS = {
     "cpu": ("xla", "triton"),
-    "gpu": ("triton",),
+    "gpu": ("mosaic", "triton"),
 }
 CASES_OF_A_FORM = 20
 ORACLE_PAIRS = 150_000  # pairs of a query and a key that the oracle, a loop in Python, judges in about 30 ms

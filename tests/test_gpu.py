@@ -19,7 +19,7 @@ from tests.test_attention import judges
 
 # The transformations' tests, collected here once more: here the default device is a GPU.
 from tests.test_transforms import TestDevices as TestDevices
-from tests.test_transforms import arrays as arrays
+from tests.test_transforms import drawn
 from tests.test_transforms import expected as expected
 from tests.test_transforms import test_remat as test_remat
 from tests.test_transforms import test_scan_over_layers as test_scan_over_layers
@@ -27,7 +27,7 @@ from tests.test_transforms import test_vmap_over_a_batch_axis as test_vmap_over_
 from tests.test_transforms import test_vmap_with_one_plan_for_all as test_vmap_with_one_plan_for_all
 
 pytestmark = pytest.mark.gpu
-IMPLEMENTATIONS = ("triton",)
+IMPLEMENTATIONS = ("mosaic", "triton")
 CAUSAL, HASHED = Pattern("causal"), Pattern("hash4_exclude_self", buckets(4), exclude_self=True)
 # Some whole tiles and a part of one, for each choice of tiles and each padding of the head dim.
 SHIPPED = [
@@ -37,6 +37,12 @@ SHIPPED = [
     )
 ]
 SKEWED = Case(Shape(B=1, T=4096, N=2, H=64), Pattern("skewed16", half_in_one(16)), "bfloat16")
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def arrays(request):
+    """Of the transformations' tests; the dtype decides which kernels run."""
+    return drawn(request.param)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -51,8 +57,19 @@ def attend(request):
     return run
 
 
-@pytest.mark.parametrize("case", [*CASES, *SHIPPED, SKEWED], ids=str)
-def test_within_budget(case, attend):
+ALL = (*CASES, *SHIPPED, SKEWED)
+
+
+@pytest.mark.parametrize(
+    ("attend", "case"),
+    [
+        *(("mosaic", case) for case in {str(case.in_16_bits()): case.in_16_bits() for case in ALL}.values()),
+        *(("triton", case) for case in ALL),
+    ],
+    indirect=["attend"],
+    ids=str,
+)
+def test_within_budget(attend, case):
     inputs, plan = case.inputs(), definition.plan(case)
     assert_within_budget(attend(inputs, plan), *judges(inputs, plan))
 
@@ -66,15 +83,14 @@ def test_repeats_bit_by_bit(attend):
                 np.testing.assert_array_equal(x, y, name)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["causal", "qk50", "hash4_exclude_self", "packed_window5"])
-def test_gradients_by_finite_differences(implementation, name):
+def test_gradients_by_finite_differences(name):
     case = BY_NAME[f"B2-T63-N4-K2-H32-{name}-f32"]
     plan = definition.plan(case)
     some = jnp.asarray(definition.visible(case).any(axis=-1).swapaxes(1, 2))
 
     def outputs(q, k, v):
-        o, lse = sfj.sparse_attention(q, k, v, plan, implementation=implementation, return_residual=True)
+        o, lse = sfj.sparse_attention(q, k, v, plan, implementation="triton", return_residual=True)
         return o, jnp.where(some, lse, 0.0)
 
     check_grads(jax.jit(outputs), case.inputs()[:3], order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
@@ -95,4 +111,4 @@ def test_tf32_by_choice_alone():
 
 
 def test_none_picks_a_gpu_kernel():
-    assert pick_implementation(64) != "xla"
+    assert pick_implementation("bfloat16", 64) != "xla"

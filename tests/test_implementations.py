@@ -31,7 +31,7 @@ def device(monkeypatch):
 
 def test_none_picks_what_runs_here():
     q, k, v, *_ = (jnp.swapaxes(x, 1, 2) for x in inputs("float32"))
-    picked = pick_implementation(q.shape[-1])
+    picked = pick_implementation(q.dtype, q.shape[-1])
     np.testing.assert_array_equal(
         interval_attention(q, k, v, RUNS["narrow"])[0],
         interval_attention(q, k, v, RUNS["narrow"], implementation=picked)[0],
@@ -39,39 +39,58 @@ def test_none_picks_what_runs_here():
 
 
 @pytest.mark.parametrize(
-    ("kind", "capability", "head_dim", "picked"),
+    ("kind", "capability", "dtype", "head_dim", "picked"),
     [
-        ("NVIDIA H100 80GB HBM3", "9.0", 64, "triton"),
-        ("NVIDIA A100-SXM4-40GB", "8.0", 256, "triton"),
-        ("NVIDIA A100-SXM4-40GB", "8.0", 257, "xla"),
-        ("Tesla V100-SXM2-16GB", "7.0", 64, "xla"),
-        ("AMD Instinct MI300X", "gfx942", 64, "xla"),
+        ("NVIDIA H100 80GB HBM3", "9.0", "bfloat16", 64, "mosaic"),
+        ("NVIDIA H100 80GB HBM3", "9.0", "float16", 256, "mosaic"),
+        ("NVIDIA H100 80GB HBM3", "9.0", "float32", 64, "triton"),
+        ("NVIDIA H100 80GB HBM3", "9.0", "bfloat16", 257, "xla"),
+        ("NVIDIA B200", "10.0", "bfloat16", 64, "triton"),
+        ("NVIDIA A100-SXM4-40GB", "8.0", "bfloat16", 256, "triton"),
+        ("NVIDIA A100-SXM4-40GB", "8.0", "bfloat16", 257, "xla"),
+        ("Tesla V100-SXM2-16GB", "7.0", "bfloat16", 64, "xla"),
+        ("AMD Instinct MI300X", "gfx942", "bfloat16", 64, "xla"),
     ],
 )
-def test_none_picks_for_the_device(device, kind, capability, head_dim, picked):
+def test_none_picks_for_the_device(device, kind, capability, dtype, head_dim, picked):
     device(kind, capability)
-    assert pick_implementation(head_dim) == picked
+    assert pick_implementation(dtype, head_dim) == picked
 
 
 @pytest.mark.parametrize("default", [CPU, "cpu"], ids=["a device", "a platform"])
 def test_none_picks_for_the_device_chosen_as_default(default):
     with jax.default_device(default):
-        assert pick_implementation(64) == "xla"
+        assert pick_implementation("float32", 64) == "xla"
 
 
 def test_triton_without_such_a_gpu(device):
     with jax.default_device(CPU), pytest.raises(NotImplementedError, match=r"'triton' needs .* 8\.0 .* device is cpu;"):
-        check_implementation("triton", 64)
+        check_implementation("triton", "float32", 64)
     device("Tesla V100-SXM2-16GB", "7.0")
     with pytest.raises(NotImplementedError, match="default device is Tesla V100-SXM2-16GB; use implementation='xla'"):
-        check_implementation("triton", 64)
+        check_implementation("triton", "float32", 64)
 
 
 def test_triton_with_a_head_dim_too_large(device):
     device("NVIDIA H100 80GB HBM3", "9.0")
-    check_implementation("triton", 256)
+    check_implementation("triton", "float32", 256)
     with pytest.raises(NotImplementedError, match="'triton' has head dims up to 256, got 288; use"):
-        check_implementation("triton", 288)
+        check_implementation("triton", "float32", 288)
+
+
+def test_mosaic_without_such_a_gpu(device):
+    device("NVIDIA A100-SXM4-40GB", "8.0")
+    with pytest.raises(NotImplementedError, match=r"'mosaic' needs .* 9\.0, .* device is NVIDIA A100-SXM4-40GB"):
+        check_implementation("mosaic", "bfloat16", 64)
+
+
+def test_mosaic_with_a_dtype_or_head_dim_that_it_has_not(device):
+    device("NVIDIA H100 80GB HBM3", "9.0")
+    check_implementation("mosaic", "bfloat16", 256)
+    with pytest.raises(NotImplementedError, match="'mosaic' takes bfloat16 and float16, got float32; use"):
+        check_implementation("mosaic", "float32", 64)
+    with pytest.raises(NotImplementedError, match="'mosaic' has head dims up to 256, got 288; use"):
+        check_implementation("mosaic", "float16", 288)
 
 
 def test_a_named_implementation_never_falls_back(device):
@@ -85,20 +104,20 @@ def test_a_named_implementation_never_falls_back(device):
 
 def test_unknown_implementation():
     with pytest.raises(ValueError, match=r"one of .*mosaic.*triton.*xla.*got .cudnn"):
-        check_implementation("cudnn", 64)
+        check_implementation("cudnn", "float32", 64)
 
 
 def test_tiles_of_another_kind():
     block = HopperBlocks(1, 64, 2)
     with pytest.raises(ValueError, match="'xla' takes a config of Blocks, got HopperBlocks"):
-        check_implementation("xla", 64, Config(block, block, block))
+        check_implementation("xla", "float32", 64, Config(block, block, block))
 
 
 def test_interpreted_on_any_device():
     block = Blocks(16, 16)
     config = Config(block, block, block, interpret=True)
     with jax.default_device(CPU):
-        check_implementation("triton", 64, config)
+        check_implementation("triton", "float32", 64, config)
 
 
 def test_tiles_from_a_file(device, monkeypatch, tmp_path):

@@ -58,7 +58,7 @@ SMALL = [case for case in CASES if case.shape.T < 500]  # the interpreter is slo
 @pytest.mark.parametrize(("case", "long_runs"), [*zip(SMALL, itertools.cycle([True, False]))], ids=str)
 def test_interpreted_cases_within_budget(case, long_runs):
     """In 16 bits whatever the case's dtype, which is all that the kernels take; with either kind of tiles by turns."""
-    case = dataclasses.replace(case, dtype="float16" if case.dtype == "float32" else case.dtype)
+    case = case.in_16_bits()
     inputs, plan = case.inputs(), definition.plan(case)
     config = mosaic_config(case.shape.H, long_runs=long_runs)
     got = interpreted(inputs, plan, dataclasses.replace(config, interpret=True))

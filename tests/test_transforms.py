@@ -15,12 +15,14 @@ DEVICES = jax.device_count()  # 8 on a CPU
 
 @pytest.fixture(scope="module")
 def arrays():
+    return drawn("float32")
+
+
+def drawn(dtype):
     """q, k, v, a cotangent, and bucket ids of queries and keys."""
     rng = np.random.default_rng(0)
     queries, keys = (BATCH, LENGTH, HEADS), (BATCH, LENGTH, KEY_HEADS)
-    q, k, v, do = (
-        jnp.asarray(rng.standard_normal((*s, HEAD_DIM)), jnp.float32) for s in (queries, keys, keys, queries)
-    )
+    q, k, v, do = (jnp.asarray(rng.standard_normal((*s, HEAD_DIM)), dtype) for s in (queries, keys, keys, queries))
     return q, k, v, do, *(jnp.asarray(rng.integers(0, 3, s), jnp.int32) for s in (queries, keys))
 
 
@@ -41,8 +43,16 @@ def expected(arrays):
 
 
 def assert_same(got, expected):
-    for name, x, y in zip(("o", "lse", "dq", "dk", "dv"), got, expected, strict=True):
-        np.testing.assert_allclose(np.asarray(x).reshape(y.shape), y, atol=2e-6, rtol=2e-6, err_msg=name)
+    for name, x, y in zip(("o", "lse", "dq", "dk", "dv")[-len(got) :], got, expected, strict=True):
+        assert_close(np.asarray(x).reshape(y.shape), y, name)
+
+
+def assert_close(x, y, name):
+    """Up to the rounding of a few sums in y's dtype."""
+    tolerance = 16 * float(jnp.finfo(y.dtype).eps)
+    assert x.dtype == y.dtype
+    x, y = (np.asarray(z, np.float32) for z in (x, y))
+    np.testing.assert_allclose(x, y, atol=tolerance, rtol=tolerance, err_msg=name)
 
 
 def test_vmap_over_a_batch_axis(arrays, expected):
@@ -67,7 +77,7 @@ def test_vmap_over_capacities(arrays):
 def loss(q, k, v, query_bucket, key_bucket, *, plan=None):
     plan = sfj.hash_sparse(query_bucket, key_bucket) if plan is None else plan
     o, lse = sfj.sparse_attention(jnp.sin(q), k, v, plan, return_residual=True)
-    return jnp.sum(jnp.cos(o)) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0.0))
+    return jnp.sum(jnp.cos(o), dtype=jnp.float32) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0.0))
 
 
 SAVED = jax.checkpoint_policies.save_only_these_names(*sfj.RESIDUAL_NAMES, sfj.PLAN_NAME)
@@ -82,8 +92,7 @@ GRADIENTS = {
 def test_remat(arrays, how):
     q, k, v, _, *buckets = arrays
     got, plain = (jax.jit(jax.grad(GRADIENTS[h], argnums=(0, 1, 2)))(q, k, v, *buckets) for h in (how, "plain"))
-    for name, x, y in zip(("dq", "dk", "dv"), got, plain, strict=True):
-        np.testing.assert_allclose(x, y, atol=2e-6, rtol=2e-6, err_msg=name)
+    assert_same(got, plain)
 
 
 # Runs of the forward kernel, and sorts: one for the queries and one for the keys.
@@ -107,14 +116,14 @@ def test_scan_over_layers(arrays, policy):
     scanned_layer = layer if policy is None else jax.checkpoint(layer, policy=policy)
 
     def scanned(x):
-        return jnp.sum(jnp.sin(jax.lax.scan(scanned_layer, x, keys)[0]))
+        return jnp.sum(jnp.sin(jax.lax.scan(scanned_layer, x, keys)[0]), dtype=jnp.float32)
 
     def one_by_one(x):
-        return jnp.sum(jnp.sin(layer(layer(x, keys[0])[0], keys[1])[0]))
+        return jnp.sum(jnp.sin(layer(layer(x, keys[0])[0], keys[1])[0]), dtype=jnp.float32)
 
     (value, dx), (expected, expected_dx) = (jax.jit(jax.value_and_grad(f))(x) for f in (scanned, one_by_one))
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    np.testing.assert_allclose(dx, expected_dx, atol=1e-5)
+    assert_close(dx, expected_dx, "dx")
 
 
 @pytest.mark.skipif(BATCH % DEVICES != 0, reason=f"needs a number of devices that divides {BATCH}")
@@ -151,8 +160,7 @@ class TestDevices:
 
         run = jax.shard_map(summed, mesh=self.mesh(), in_specs=(spec,) * 5, out_specs=PartitionSpec())
         got, plain = (jax.jit(jax.grad(f, argnums=(0, 1, 2)))(q, k, v, *buckets) for f in (run, loss))
-        for name, x, y in zip(("dq", "dk", "dv"), got, plain, strict=True):
-            np.testing.assert_allclose(x, y, atol=2e-6, rtol=2e-6, err_msg=name)
+        assert_same(got, plain)
 
     def test_jit_with_sharded_inputs(self, arrays, expected):
         sharding = NamedSharding(self.mesh(), PartitionSpec("data", None, "heads"))

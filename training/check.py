@@ -103,6 +103,6 @@ def _check_attention(model: ModelConfig, separate_documents: bool) -> None:
             " --data.separate-documents"
         )
     try:
-        check_implementation(model.implementation, model.width // model.heads)
+        check_implementation(model.implementation, model.dtype, model.width // model.heads)
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"--model.implementation {model.implementation}: {error}") from error

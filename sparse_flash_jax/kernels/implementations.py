@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from sparse_flash_jax.kernels.config import (
     Blocks,
@@ -21,17 +22,19 @@ from sparse_flash_jax.kernels.tiles import Runs
 from sparse_flash_jax.kernels.tuned import tuned_config
 
 IMPLEMENTATIONS = ("mosaic", "triton", "xla")
+"""The fastest first: None picks the first that can do it."""
 
-_TRITON_CAPABILITY = 8.0  # Ampere
-_TRITON_HEAD_DIM = 256
-_MOSAIC_HEAD_DIM = 256
+_HEAD_DIM = 256
+"""The largest of the GPU kernels."""
+_MOSAIC_DTYPES = ("bfloat16", "float16")  # those of operands in registers
 
 
-def check_implementation(implementation: str | None, head_dim: int, config: Config | None = None) -> None:
+def check_implementation(implementation: str | None, dtype: Any, head_dim: int, config: Config | None = None) -> None:
     """Raises unless the implementation is None, or one that can do this on the default device.
 
     Args:
         implementation: "mosaic", "triton", "xla" or None.
+        dtype: of q, k and v.
         head_dim: H.
         config: its tiles; with `interpret`, GPU kernels run on any device.
 
@@ -45,21 +48,16 @@ def check_implementation(implementation: str | None, head_dim: int, config: Conf
     if config is not None and not isinstance(config.forward, expected):
         got = type(config.forward).__name__
         raise ValueError(f"implementation={implementation!r} takes a config of {expected.__name__}, got {got}.")
-    lacks = None
-    if implementation == "mosaic":
-        if head_dim > _MOSAIC_HEAD_DIM:
-            lacks = f"has head dims up to {_MOSAIC_HEAD_DIM}, got {head_dim}"
-        elif config is None or not config.interpret:
-            lacks = "is not finished yet"
-    elif implementation == "triton":
-        lacks = _what_triton_lacks(head_dim, interpret=config is not None and config.interpret)
+    if implementation is None:
+        return
+    lacks = _what_lacks(implementation, dtype, head_dim, interpret=config is not None and config.interpret)
     if lacks:
         raise NotImplementedError(f"implementation={implementation!r} {lacks}; use implementation='xla', or None.")
 
 
-def pick_implementation(head_dim: int) -> str:
+def pick_implementation(dtype: Any, head_dim: int) -> str:
     """Returns the fastest implementation that can do this on the default device."""
-    return "xla" if _what_triton_lacks(head_dim, interpret=False) else "triton"
+    return next(name for name in IMPLEMENTATIONS if not _what_lacks(name, dtype, head_dim, interpret=False))
 
 
 def kernels_of(implementation: str) -> ModuleType:
@@ -81,13 +79,18 @@ def default_config(implementation: str, *, dtype: Any, head_dim: int, runs: Runs
     return triton_config(dtype, head_dim, long_runs=long_runs, capability=_compute_capability())
 
 
-def _what_triton_lacks(head_dim: int, *, interpret: bool) -> str | None:
-    if head_dim > _TRITON_HEAD_DIM:
-        return f"has head dims up to {_TRITON_HEAD_DIM}, got {head_dim}"
-    if interpret or _compute_capability() >= _TRITON_CAPABILITY:
+def _what_lacks(implementation: str, dtype: Any, head_dim: int, *, interpret: bool) -> str | None:
+    if implementation == "xla":
+        return None
+    if implementation == "mosaic" and jnp.dtype(dtype).name not in _MOSAIC_DTYPES:
+        return f"takes {' and '.join(_MOSAIC_DTYPES)}, got {jnp.dtype(dtype).name}"
+    if head_dim > _HEAD_DIM:
+        return f"has head dims up to {_HEAD_DIM}, got {head_dim}"
+    capability, needed = _compute_capability(), "9.0" if implementation == "mosaic" else "8.0 or more"
+    if interpret or (capability == 9.0 if implementation == "mosaic" else capability >= 8.0):
         return None
     kind = _default_device().device_kind
-    return f"needs an NVIDIA GPU of compute capability {_TRITON_CAPABILITY} or more, and the default device is {kind}"
+    return f"needs an NVIDIA GPU of compute capability {needed}, and the default device is {kind}"
 
 
 def _compute_capability() -> float:

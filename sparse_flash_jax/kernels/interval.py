@@ -54,8 +54,8 @@ def interval_attention(
         ValueError: if the implementation is unknown.
         NotImplementedError: if the named implementation cannot do it.
     """
-    check_implementation(implementation, q.shape[-1], config)
-    implementation = pick_implementation(q.shape[-1]) if implementation is None else implementation
+    check_implementation(implementation, q.dtype, q.shape[-1], config)
+    implementation = pick_implementation(q.dtype, q.shape[-1]) if implementation is None else implementation
     if config is None:
         config = default_config(implementation, dtype=q.dtype, head_dim=q.shape[-1], runs=runs)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Int32
 from sparse_flash_jax.kernels.config import Config, HopperBlocks
 from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Shapes
 from sparse_flash_jax.kernels.padding import pad, pad_bounds, padded_shape
+from sparse_flash_jax.manual_axes import vary_alike
 
 # JAX before 0.12 has no `on_race`, and prints.
 _RAISE: dict[str, Any] = (
@@ -87,7 +88,8 @@ def launch(
     )
     rows = [pad(x, block.rows, padded_head_dim) for x in rows]
     columns = [pad(x, block.columns, padded_head_dim) for x in columns]
-    padded = call(start, stop, *rows, *columns)
+    # The call takes no note of the mesh axes that its operands vary over.
+    _, *padded = vary_alike((rows[0], *call(start, stop, *rows, *columns)))
     return [jax.lax.slice(x, (0,) * x.ndim, like.shape) for x, like in zip(padded, outputs, strict=True)]
 
 
