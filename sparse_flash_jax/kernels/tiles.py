@@ -5,7 +5,7 @@ Decides which tiles a kernel visits and which of those need a mask. Knows nothin
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -16,6 +16,9 @@ LOG2E = 1.4426950408889634
 
 LOWEST = -1e30
 """Score of a hidden pair: finite, so that a row of hidden pairs has no NaN in it; visible scores must lie above it."""
+
+FLOOR = LOWEST / 2
+"""Where the running maximum of a row may start: hidden scores lie so far below it that exp2 of the rest is 0."""
 
 
 class Runs(NamedTuple):
@@ -73,8 +76,12 @@ def tile_range(
     return TileRange(start, full_start, full_stop, stop)
 
 
+Masked = Literal["both", "stop"] | None
+"""Which bounds hide pairs of a tile: both, none, or in tiles past all starts those where runs stop."""
+
+
 def sweep(step: Callable[..., Any], tiles: TileRange, carry: Any) -> Any:
     """Runs `carry = step(tile, carry, masked=...)` over a range: masked, then unmasked, then masked again."""
-    carry = lax.fori_loop(tiles.start, tiles.full_start, functools.partial(step, masked=True), carry)
-    carry = lax.fori_loop(tiles.full_start, tiles.full_stop, functools.partial(step, masked=False), carry)
-    return lax.fori_loop(tiles.full_stop, tiles.stop, functools.partial(step, masked=True), carry)
+    carry = lax.fori_loop(tiles.start, tiles.full_start, functools.partial(step, masked="both"), carry)
+    carry = lax.fori_loop(tiles.full_start, tiles.full_stop, functools.partial(step, masked=None), carry)
+    return lax.fori_loop(tiles.full_stop, tiles.stop, functools.partial(step, masked="stop"), carry)

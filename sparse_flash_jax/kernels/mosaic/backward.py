@@ -36,6 +36,7 @@ from sparse_flash_jax.kernels.mosaic.program import (
     afresh,
     after_first,
     compute_tiles,
+    hide,
     load_columns,
     load_keys,
     multiply,
@@ -44,9 +45,8 @@ from sparse_flash_jax.kernels.mosaic.program import (
     split_roles,
     spread_columns,
     spread_rows,
-    visible,
 )
-from sparse_flash_jax.kernels.tiles import LOG2E, Runs, sweep
+from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, sweep
 
 
 def _dq_kernel(
@@ -105,12 +105,11 @@ def _dq_kernel(
         def gradient(s_ref, dp_ref, j, masked, behind):
             """ds of a step, both products issued and `behind` more after them."""
             s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1 + behind)
-            p = jnp.exp2(s * (scale * LOG2E) - spread_rows(lse_row, tile))
+            s = s * (scale * LOG2E) - spread_rows(lse_row, tile)
+            p = jnp.exp2(hide(s, LOWEST, start, stop, j * block.columns, masked))
             dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=behind)
             plgpu.barrier_arrive(v_free.at[slot(j)])
             ds = p * (dp - spread_rows(delta_row, tile))
-            if masked:
-                ds = jnp.where(visible(start, stop, j * block.columns, tile), ds, 0.0)
             return ds.astype(dtype)
 
         def accumulate(acc):
@@ -191,6 +190,8 @@ def _dkv_kernel(
     dtype = k.dtype
     tile = (WARPGROUP_ROWS, block.columns)
     stage = stage[0].at[program.warpgroup] if stage else None
+    # From head dim 96 on p in float32 would not fit the registers until dp is there.
+    short_p = k.shape[3] > 64
     in_registers = block.rows_in_registers and stage is None
 
     def fetch(r):
@@ -212,8 +213,6 @@ def _dkv_kernel(
             load = lambda ring, j: spread_columns(plgpu.load(ring.at[slot(j)], layout=BY_COLUMN), tile)
 
             def step(j, carry, *, masked):
-                mask = visible(start, stop, j * block.columns, tile) if masked else None
-
                 def gradient(s_ref, dp_ref):
                     """ds; adds to dv on the way."""
                     here = afresh(own)
@@ -224,18 +223,17 @@ def _dkv_kernel(
                     if "k" in parts:
                         multiply(dp_ref, v_rows, do_ring.at[slot(j)], stage, transposed=True)
                     s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1 if "k" in parts else 0)
-                    p = jnp.exp2(s * (scale * LOG2E) - load(lse_ring, j))
-                    p = p if mask is None else jnp.where(mask, p, 0.0)
-                    p = p.astype(dtype)
+                    s = s * (scale * LOG2E) - load(lse_ring, j)
+                    p = jnp.exp2(hide(s, LOWEST, start, stop, j * block.columns, masked))
                     if "v" in parts:
-                        multiply(sums["v"], p, do_ring.at[slot(j)], stage)
+                        multiply(sums["v"], p.astype(dtype), do_ring.at[slot(j)], stage)
                     if "k" not in parts:
                         return None
-                    # Widened again only now: p in float32 would not fit the registers besides.
+                    if short_p:
+                        p = p.astype(dtype)
                     dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=len(parts) - 1)
                     p, dp = lax.optimization_barrier((p, dp))
                     ds = p.astype(jnp.float32) * (dp - load(delta_ring, j))
-                    ds = ds if mask is None else jnp.where(mask, ds, 0.0)
                     return ds.astype(dtype)
 
                 products = [product(tile)] * (2 if "k" in parts else 1)

@@ -37,14 +37,14 @@ from sparse_flash_jax.kernels.mosaic.program import (
     afresh,
     after_first,
     compute_tiles,
+    hide,
     load_keys,
     multiply,
     product,
     split_roles,
     spread_rows,
-    visible,
 )
-from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, sweep
+from sparse_flash_jax.kernels.tiles import FLOOR, LOG2E, LOWEST, Runs, sweep
 
 
 def _kernel(
@@ -75,6 +75,8 @@ def _kernel(
     head_dim, dtype = q.shape[3], q.dtype
     tile = (WARPGROUP_ROWS, block.columns)
     factor = scale * LOG2E
+    late = factor > 1e-6  # exp2 takes the factor in where it keeps the order of scores, and what hides them finite
+    left = factor if late else 1.0
     stage = None if stage is None else stage.at[program.warpgroup]
 
     def fetch(r):
@@ -89,14 +91,9 @@ def _kernel(
         plgpu.barrier_wait(q_ready.at[own])
 
         def softmax(s, top, total, j, masked):
-            # Hidden scores are lowest once scaled. With none hidden and an order-keeping factor, exp2 takes it in.
-            left = 1.0 if masked or factor <= 0 else factor
-            s = s if left == factor else s * factor
-            seen = visible(start, stop, j * block.columns, tile) if masked else None
-            s = s if seen is None else jnp.where(seen, s, LOWEST)
+            s = hide(s if late else s * factor, LOWEST / left, start, stop, j * block.columns, masked)
             new_top = jnp.maximum(top, s.max(axis=1) * left)
             p = jnp.exp2(s * left - spread_rows(new_top, tile))
-            p = p if seen is None else jnp.where(seen, p, 0.0)
             keep = jnp.exp2(top - new_top)
             return p.astype(dtype), new_top, total * keep + p.sum(axis=1), keep
 
@@ -168,14 +165,14 @@ def _kernel(
             turns.take()
             s = scores(visited.start)
             turns.give()
-            p, top, total, _ = softmax(s, row(LOWEST), row(0.0), visited.start, True)
+            p, top, total, _ = softmax(s, row(FLOOR), row(0.0), visited.start, True)
             acc, top, total, p = sweep(overlapped, after_first(visited), (acc, top, total, p))
             turns.take()
             acc = add_values(acc, p, visited.stop - 1)
             turns.give()
             plgpu.barrier_arrive(v_free.at[slot(visited.stop - 1)])
         else:
-            acc, top, total = sweep(step, visited, (acc, row(LOWEST), row(0.0)))
+            acc, top, total = sweep(step, visited, (acc, row(FLOOR), row(0.0)))
         some = total > 0.0
         total = jnp.where(some, total, 1.0)
         q_tile[own] = (acc * spread_rows(1.0 / total, acc.shape)).astype(dtype)

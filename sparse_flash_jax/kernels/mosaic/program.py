@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from sparse_flash_jax.kernels.config import HopperBlocks
-from sparse_flash_jax.kernels.tiles import TileRange, tile_range
+from sparse_flash_jax.kernels.tiles import Masked, TileRange, tile_range
 
 WARPGROUP_ROWS = 64  # of one wgmma
 LAYOUT = plgpu.Layout.WGMMA
@@ -72,7 +72,8 @@ class Program:
         )
         begin = lax.min(seen.start, jnp.int32(self.shapes.column_tiles - 1))
         end = lax.max(seen.stop, begin + 1)
-        return TileRange(begin, lax.clamp(begin, seen.full_start, end), lax.clamp(begin, seen.full_stop, end), end)
+        full = lax.clamp(begin, jnp.where(seen.stop > seen.start, seen.full_start, end), end)
+        return TileRange(begin, full, lax.clamp(full, seen.full_stop, end), end)
 
     def walk(self, visit: Callable[[Any, Any], Any]) -> Any:
         """Runs n = visit(r, n) over the program's tiles; n counts the steps taken."""
@@ -249,10 +250,13 @@ def spread_columns(x: Array, shape: tuple[int, int]) -> Array:
     return lax.broadcast_in_dim(x, shape, [1])
 
 
-def visible(start: Array, stop: Array, first: Any, shape: tuple[int, int]) -> Array:
-    """Returns which of the columns from `first` on each row sees."""
-    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=LAYOUT)
-    return (column >= spread_rows(start - first, shape)) & (column < spread_rows(stop - first, shape))
+def hide(x: Array, fill: float, start: Array, stop: Array, first: Any, masked: Masked) -> Array:
+    """Returns a block of columns from `first` on, with `fill` where the row does not see the column."""
+    if masked is None:
+        return x
+    column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=LAYOUT)
+    x = jnp.where(column < spread_rows(stop - first, x.shape), x, fill)
+    return x if masked == "stop" else jnp.where(column >= spread_rows(start - first, x.shape), x, fill)
 
 
 def multiply(acc: Any, a: Any, b: Any, stage: Any, *, transposed: bool = False) -> None:
