@@ -48,15 +48,16 @@ def main() -> None:
 
 def _record(case: Case, samples: int) -> dict[str, Any]:
     s, arrays = case.shape, case.arrays()
-    query, key = (_sorted(case, arrays, side, heads) for side, heads in (("query", s.N), ("key", s.key_heads)))
+    last, rank = (_ranks(case, arrays, side, heads) for side, heads in (("query", s.N), ("key", s.key_heads)))
+    position = last % s.T
+    first = last - torch.clamp(position, max=(case.pattern.window or s.T) - 1)
     group = s.N // s.key_heads
 
     def visible(b, h, i, j):
-        seen = query["group"][b, h, i] == key["group"][b, h // group, j]
-        ago = query["position"][b, h, i] - key["position"][b, h // group, j]
-        return seen & (ago >= 0) & (ago < (case.pattern.window or s.T))
+        k = rank[b, h // group, j]
+        return (first[b, h, i] <= k) & (k <= last[b, h, i])
 
-    lengths = query["position"].shape[-1], key["position"].shape[-1]
+    lengths = last.shape[-1], rank.shape[-1]
     build = torch.compile(create_block_mask)
     make_mask = lambda: build(visible, s.B, s.N, *lengths, device="cuda")
     mask = make_mask()
@@ -79,15 +80,15 @@ def _record(case: Case, samples: int) -> dict[str, Any]:
     return {"case": str(case), "seconds": {name: _seconds(call, samples) for name, call in calls.items()}}
 
 
-def _sorted(case: Case, arrays: dict[str, Any], side: str, heads: int) -> dict[str, torch.Tensor]:
-    """Group and position of a side's kept tokens in sorted order, int32 [B heads L] each."""
+def _ranks(case: Case, arrays: dict[str, Any], side: str, heads: int) -> torch.Tensor:
+    """group * T + position of a side's kept tokens in sorted order, int32 [B heads L]."""
     length = case.shape.T if side == "query" else case.shape.keys
     axes = (case.shape.B, length, heads)
     group = np.broadcast_to(arrays.get(f"{side}_group", np.int32(0)), axes).swapaxes(1, 2)
     keep = np.broadcast_to(arrays.get(f"{side}_keep", np.True_), axes).swapaxes(1, 2)
     order = np.lexsort((group, ~keep), axis=-1)[..., : keep.sum(axis=-1).max()]  # stable: positions stay in order
-    take = lambda x: torch.as_tensor(np.take_along_axis(x, order, axis=-1).astype(np.int32), device="cuda")
-    return {"group": take(group), "position": take(np.broadcast_to(np.arange(length), group.shape))}
+    rank = np.take_along_axis(group * case.shape.T + np.arange(length), order, axis=-1)
+    return torch.as_tensor(rank.astype(np.int32), device="cuda")
 
 
 def _seconds(call: Callable[[], Any], samples: int) -> float:

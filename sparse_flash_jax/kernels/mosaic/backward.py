@@ -85,14 +85,24 @@ def _dq_kernel(
         plgpu.copy_gmem_to_smem(q.at[b, n, rows], q_tile.at[own], rows_ready.at[own])
         plgpu.copy_gmem_to_smem(do.at[b, n, rows], do_tile.at[own], rows_ready.at[own])
 
-    def compute(turns, r, taken):
-        visited, rows, own = program.columns(r, k_start, k_stop), program.rows(r), program.own(r)
-        seen = (*program.bounds(k_start, 0), rows)
-        load = functools.partial(plgpu.load, layout=BY_ROW, optimized=False)
-        start, stop = load(k_start.at[*seen]), load(k_stop.at[*seen])
-        lse_row, delta_row = load(lse.at[b, n, rows]), load(delta.at[b, n, rows])
-        slot = lambda j: afresh(program.slot(taken + j - visited.start))
+    def look(r):
+        rows = program.rows(r)
+        bounds = (ref.at[*program.bounds(k_start, 0), rows] for ref in (k_start, k_stop))
+        refs = (*bounds, lse.at[b, n, rows], delta.at[b, n, rows])
+        return program.visit(r, k_start, k_stop), *(plgpu.load(ref, layout=BY_ROW, optimized=False) for ref in refs)
+
+    def compute(turns, r, seen, taken):
+        visit, start, stop, lse_row, delta_row = seen
+        rows, own = program.rows(r), program.own(r)
+        slot = lambda j: afresh(program.slot(taken + j - visit.start))
         plgpu.barrier_wait(rows_ready.at[own])
+
+        def pass_by(j):
+            turns.take()
+            turns.give()
+            for ready, free in ((k_ready, k_free), (v_ready, v_free)):
+                plgpu.barrier_wait(ready.at[slot(j)])
+                plgpu.barrier_arrive(free.at[slot(j)])
 
         def issue(s_ref, dp_ref, j):
             here = afresh(own)
@@ -143,21 +153,24 @@ def _dq_kernel(
                 plgpu.barrier_arrive(k_free.at[slot(j - 1)])
                 return lax.optimization_barrier((before, ds))[1]  # or ds might take the registers of `before` too soon
 
-            if block.overlap:
-                finish(sweep(overlapped, after_first(visited), alone(visited.start, True)), visited.stop - 1)
-            else:
-                sweep(step, visited, jnp.int32(0))
+            def one_after_another(tiles):
+                sweep(step, tiles, jnp.int32(0))
+
+            def in_overlap(tiles):
+                finish(sweep(overlapped, after_first(tiles), alone(tiles.start, "both")), tiles.stop - 1)
+
+            visit.run(in_overlap if block.overlap else one_after_another, pass_by)
             return acc[...]
 
         acc = pl.run_scoped(accumulate, product((WARPGROUP_ROWS, q.shape[3])))
         q_tile[own] = (acc * scale).astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_tile.at[own], dq.at[b, n, rows])
-        return taken + visited.stop - visited.start
+        return taken + visit.stop - visit.start
 
     def computing():
         turns = Turns(program, turn)
-        compute_tiles(program, fetch, functools.partial(compute, turns))
+        compute_tiles(program, fetch, look, functools.partial(compute, turns), outputs=1)
         turns.close()
 
     def loading():
@@ -200,16 +213,19 @@ def _dkv_kernel(
         if "k" in parts:
             plgpu.copy_gmem_to_smem(v.at[b, head, rows], v_tile.at[own], rows_ready.at[own])
 
-    def compute(r, taken):
+    def look(r, member=0):
+        seen = (*program.bounds(q_start, member), program.rows(r))
+        bounds = (plgpu.load(ref.at[*seen], layout=BY_ROW, optimized=False) for ref in (q_start, q_stop))
+        return program.visit(r, q_start, q_stop, member), *bounds
+
+    def compute(r, first_seen, taken):
         rows, own = program.rows(r), program.own(r)
         plgpu.barrier_wait(rows_ready.at[own])
         held = [plgpu.load(x.at[own], layout=LAYOUT) for x in (k_tile, v_tile)] if in_registers else None
 
         def of_member(sums, member, taken):
-            visited = program.columns(r, q_start, q_stop, member)
-            seen = (*program.bounds(q_start, member), rows)
-            start, stop = (plgpu.load(ref.at[*seen], layout=BY_ROW, optimized=False) for ref in (q_start, q_stop))
-            slot = lambda j: afresh(program.slot(taken + j - visited.start))
+            visit, start, stop = first_seen if shapes.members == 1 else look(r, member)
+            slot = lambda j: afresh(program.slot(taken + j - visit.start))
             load = lambda ring, j: spread_columns(plgpu.load(ring.at[slot(j)], layout=BY_COLUMN), tile)
 
             def step(j, carry, *, masked):
@@ -244,8 +260,13 @@ def _dkv_kernel(
                 plgpu.barrier_arrive(free.at[slot(j)])
                 return carry
 
-            sweep(step, visited, jnp.int32(0))
-            return taken + visited.stop - visited.start
+            def pass_by(j):
+                plgpu.barrier_wait(q_ready.at[slot(j)])
+                plgpu.barrier_wait(do_ready.at[slot(j)])
+                plgpu.barrier_arrive(free.at[slot(j)])
+
+            visit.run(lambda tiles: sweep(step, tiles, jnp.int32(0)), pass_by)
+            return taken + visit.stop - visit.start
 
         def accumulate(*refs):
             visit = functools.partial(of_member, dict(zip(parts, refs, strict=True)))
@@ -270,7 +291,10 @@ def _dkv_kernel(
 
         load_columns(program, lambda r, member: program.columns(r, q_start, q_stop, member), [Feed(free, load)])
 
-    split_roles(block, lambda: compute_tiles(program, fetch, compute), loading)
+    def computing():
+        compute_tiles(program, fetch, look, compute, outputs=len(parts))
+
+    split_roles(block, computing, loading)
 
 
 def backward_dq(

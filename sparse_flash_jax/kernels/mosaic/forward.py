@@ -83,12 +83,23 @@ def _kernel(
         own = program.own(r)
         plgpu.copy_gmem_to_smem(q.at[b, n, program.rows(r)], q_tile.at[own], q_ready.at[own])
 
-    def compute(turns, r, taken):
-        visited, rows, own = program.columns(r, k_start, k_stop), program.rows(r), program.own(r)
-        seen = (*program.bounds(k_start, 0), rows)
-        start, stop = (plgpu.load(ref.at[*seen], layout=BY_ROW, optimized=False) for ref in (k_start, k_stop))
-        slot = lambda j: afresh(program.slot(taken + j - visited.start))
+    def look(r):
+        seen = (*program.bounds(k_start, 0), program.rows(r))
+        bounds = (plgpu.load(ref.at[*seen], layout=BY_ROW, optimized=False) for ref in (k_start, k_stop))
+        return program.visit(r, k_start, k_stop), *bounds
+
+    def compute(turns, r, seen, taken):
+        visit, start, stop = seen
+        rows, own = program.rows(r), program.own(r)
+        slot = lambda j: afresh(program.slot(taken + j - visit.start))
         plgpu.barrier_wait(q_ready.at[own])
+
+        def pass_by(j):
+            turns.take()
+            turns.give()
+            for ready, free in ((k_ready, k_free), (v_ready, v_free)):
+                plgpu.barrier_wait(ready.at[slot(j)])
+                plgpu.barrier_arrive(free.at[slot(j)])
 
         def softmax(s, top, total, j, masked):
             s = hide(s if late else s * factor, LOWEST / left, start, stop, j * block.columns, masked)
@@ -160,19 +171,25 @@ def _kernel(
 
         row = lambda value: plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), value, jnp.float32), BY_ROW)
         acc = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, head_dim), jnp.float32), LAYOUT)
-        if block.overlap:
-            plgpu.barrier_wait(k_ready.at[slot(visited.start)])
+
+        def one_after_another(tiles):
+            return sweep(step, tiles, (acc, row(FLOOR), row(0.0)))
+
+        def in_overlap(tiles):
+            first, last = tiles.start, tiles.stop - 1
+            plgpu.barrier_wait(k_ready.at[slot(first)])
             turns.take()
-            s = scores(visited.start)
+            s = scores(first)
             turns.give()
-            p, top, total, _ = softmax(s, row(FLOOR), row(0.0), visited.start, True)
-            acc, top, total, p = sweep(overlapped, after_first(visited), (acc, top, total, p))
+            p, top, total, _ = softmax(s, row(FLOOR), row(0.0), first, "both")
+            o, top, total, p = sweep(overlapped, after_first(tiles), (acc, top, total, p))
             turns.take()
-            acc = add_values(acc, p, visited.stop - 1)
+            o = add_values(o, p, last)
             turns.give()
-            plgpu.barrier_arrive(v_free.at[slot(visited.stop - 1)])
-        else:
-            acc, top, total = sweep(step, visited, (acc, row(FLOOR), row(0.0)))
+            plgpu.barrier_arrive(v_free.at[slot(last)])
+            return o, top, total
+
+        acc, top, total = visit.run(in_overlap if block.overlap else one_after_another, pass_by)
         some = total > 0.0
         total = jnp.where(some, total, 1.0)
         q_tile[own] = (acc * spread_rows(1.0 / total, acc.shape)).astype(dtype)
@@ -180,11 +197,11 @@ def _kernel(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_tile.at[own], o.at[b, n, rows])
         plgpu.copy_smem_to_gmem(lse_tile.at[own], lse.at[b, n, rows])
-        return taken + visited.stop - visited.start
+        return taken + visit.stop - visit.start
 
     def computing():
         turns = Turns(program, turn)
-        compute_tiles(program, fetch, functools.partial(compute, turns))
+        compute_tiles(program, fetch, look, functools.partial(compute, turns), outputs=2)
         turns.close()
 
     def loading():

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
 from sparse_flash_jax.kernels.config import Config, HopperBlocks
-from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Shapes
+from sparse_flash_jax.kernels.mosaic.program import HELD_TILES, WARPGROUP_ROWS, Shapes
 from sparse_flash_jax.kernels.padding import pad, pad_bounds, padded_shape
 from sparse_flash_jax.manual_axes import vary_alike
 
@@ -108,8 +108,8 @@ def buffers(count: int, rows: int, columns: int, dtype: Any) -> Any:
 
 
 def row_buffers(block: HopperBlocks) -> int:
-    """Returns how many tiles of 64 rows are held: those of the next tile load while one computes."""
-    return min(block.tiles, 2) * block.warpgroups
+    """Returns how many tiles of 64 rows are held."""
+    return min(block.tiles, HELD_TILES) * block.warpgroups
 
 
 def ready_barriers(block: HopperBlocks, copies: int = 1) -> Any:

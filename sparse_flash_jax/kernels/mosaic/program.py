@@ -20,7 +20,8 @@ from sparse_flash_jax.kernels.tiles import Masked, TileRange, tile_range
 WARPGROUP_ROWS = 64  # of one wgmma
 LAYOUT = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = LAYOUT.reduce(1), LAYOUT.reduce(0)
-_REGISTERS = {1: None, 2: (240, 24), 3: (160, 32)}  # of a computing and of the loading warpgroup's threads
+HELD_TILES = 3  # of rows: one is computed with while the next one loads and the last one's output is stored
+_REGISTERS = {1: None, 2: (240, 24), 3: (160, 32), 4: (112, 32)}  # of a computing and of the loading warpgroup's threads
 
 
 class Shapes(NamedTuple):
@@ -53,9 +54,9 @@ class Program:
         return pl.ds(self._tile(r) * self.block.rows + self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
     def own(self, r: Any) -> Any:
-        """Returns the buffer of this warpgroup's rows: the r-th tile computes while the next one's rows load."""
-        half = 0 if self.block.tiles == 1 else lax.rem(r, jnp.int32(2))
-        return half * self.block.warpgroups + self.warpgroup
+        """Returns the buffer of this warpgroup's rows in the r-th tile, and then of its output."""
+        place = 0 if self.block.tiles == 1 else lax.rem(r, jnp.int32(HELD_TILES))
+        return place * self.block.warpgroups + self.warpgroup
 
     def bounds(self, ref: Any, member: Any) -> tuple[Any, Any]:
         """Returns the row of a bounds array [B|1 A L] that holds for this program and a query head of its group."""
@@ -64,9 +65,24 @@ class Program:
         return (self.batch if ref.shape[0] > 1 else 0, lax.div(n, jnp.int32(shapes.heads // ref.shape[1])))
 
     def columns(self, r: Any, start: Any, stop: Any, member: Any = 0) -> TileRange:
-        """Returns the tiles of columns to visit: one, masked, where the rows see nothing, so that none is special."""
-        row, first = self.bounds(start, member), self._tile(r) * self.block.rows
-        last = first + self.block.rows - 1
+        """Returns the tiles of columns that the program's r-th tile visits, at least one."""
+        return self._seen(self._tile(r) * self.block.rows, self.block.rows, start, stop, member)
+
+    def visit(self, r: Any, start: Any, stop: Any, member: Any = 0) -> "Visit":
+        """Returns the same, and those among them that this warpgroup computes with."""
+        whole = self.columns(r, start, stop, member)
+        if self.block.warpgroups == 1:
+            return Visit(whole.start, whole.stop, whole)
+        own = self._seen(self.rows(r).start, WARPGROUP_ROWS, start, stop, member)
+        # Rows that see nothing may be given a tile beyond those of the others.
+        begin = lax.min(own.start, whole.stop - 1)
+        end = lax.max(lax.min(own.stop, whole.stop), begin + 1)
+        full = lax.clamp(begin, own.full_start, end)
+        return Visit(whole.start, whole.stop, TileRange(begin, full, lax.clamp(full, own.full_stop, end), end))
+
+    def _seen(self, first: Any, rows: int, start: Any, stop: Any, member: Any) -> TileRange:
+        """Returns the tiles that rows see; one, masked, where they see nothing, so that none is special."""
+        row, last = self.bounds(start, member), first + rows - 1
         seen = tile_range(
             start[*row, first], stop[*row, first], start[*row, last], stop[*row, last], self.block.columns
         )
@@ -88,6 +104,23 @@ class Program:
     def _tile(self, r: Any) -> Any:
         tile = self._first + r
         return self.shapes.row_tiles - 1 - tile if self.shapes.last_first else tile
+
+
+class Visit(NamedTuple):
+    """Tiles of columns on a warpgroup's way."""
+
+    start: Any
+    stop: Any
+    """It passes [start, stop) by, as they are loaded for all warpgroups of the program ..."""
+    own: TileRange
+    """... and computes with these."""
+
+    def run(self, compute: Callable[[TileRange], Any], pass_by: Callable[[Any], None]) -> Any:
+        """Runs `pass_by(j)` for tiles that are not this warpgroup's own, and `compute` for those that are."""
+        pl.loop(self.start, self.own.start)(pass_by)
+        result = compute(self.own)
+        pl.loop(self.own.stop, self.stop)(pass_by)
+        return result
 
 
 def after_first(visited: TileRange) -> TileRange:
@@ -165,21 +198,41 @@ def over_members(members: int, visit: Callable[[Any, Any], Any], carry: Any) -> 
     return visit(0, carry) if members == 1 else lax.fori_loop(0, members, visit, jnp.int32(carry))
 
 
-def compute_tiles(program: Program, fetch: Callable[[Any], None], compute: Callable[[Any, Any], Any]) -> None:
-    """Runs n = compute(r, n) over the program's tiles, each with the next one's rows on their way by `fetch(r)`."""
+def compute_tiles(
+    program: Program,
+    fetch: Callable[[Any], None],
+    look: Callable[[Any], Any],
+    compute: Callable[[Any, Any, Any], Any],
+    outputs: int,
+) -> None:
+    """Runs n = compute(r, look(r), n) over the program's tiles, n the steps taken before.
+
+    The next tile's rows are on their way meanwhile, by `fetch(r)`, and so is what `look` reads.
+
+    Args:
+        program: whose tiles.
+        fetch: starts to copy the rows of a tile.
+        look: reads what a tile needs in registers.
+        compute: starts to copy `outputs` outputs back.
+        outputs: how many.
+    """
     fetch(0)
 
-    def tile(r: Any, n: Any) -> Any:
-        if program.block.tiles > 1:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's buffers, which hold its outputs too
+    def tile(r: Any, carry: Any) -> Any:
+        n, seen = carry
+        plgpu.wait_smem_to_gmem(outputs, wait_read_only=True)  # of the tile before the last: its buffers are next
 
-            @pl.when(r + 1 < program.count)
-            def _():
-                fetch(r + 1)
+        @pl.when(r + 1 < program.count)
+        def _():
+            fetch(r + 1)
 
-        return compute(r, n)
+        ahead = look(lax.min(r + 1, program.count - 1))
+        return compute(r, seen, n), ahead
 
-    program.walk(tile)
+    if program.block.tiles == 1:
+        compute(0, look(0), 0)
+    else:
+        lax.fori_loop(0, program.count, tile, (jnp.int32(0), look(0)))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
