@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+os.environ.setdefault("TORCHINDUCTOR_PERSISTENT_REDUCTIONS", "0")  # else the block mask's kernel compiles for minutes
+
 import torch  # pyright: ignore[reportMissingImports]
 from environment import environment, written
 from selection import Case, select
@@ -22,7 +25,6 @@ from torch.nn.attention.flex_attention import (  # pyright: ignore[reportMissing
     flex_attention,
 )
 
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its pool of processes takes minutes to start
 RESULTS = Path(__file__).resolve().parent / "results"
 CALLS = 10  # timed together
 

@@ -164,8 +164,7 @@ def _dq_kernel(
 
         acc = pl.run_scoped(accumulate, product((WARPGROUP_ROWS, q.shape[3])))
         q_tile[own] = (acc * scale).astype(dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_tile.at[own], dq.at[b, n, rows])
+        program.store(r, (q_tile.at[own], dq.at[b, n, rows]))
         return taken + visit.stop - visit.start
 
     def computing():
@@ -204,7 +203,7 @@ def _dkv_kernel(
     tile = (WARPGROUP_ROWS, block.columns)
     stage = stage[0].at[program.warpgroup] if stage else None
     # From head dim 96 on p in float32 would not fit the registers until dp is there.
-    short_p = k.shape[3] > 64
+    short_p = k.shape[3] > 64 or block.warpgroups > 2
     in_registers = block.rows_in_registers and stage is None
 
     def fetch(r):
@@ -276,9 +275,8 @@ def _dkv_kernel(
         buffers_of = {"k": k_tile, "v": k_tile if parts == "v" else v_tile}
         for part, x in zip(parts, sums, strict=True):
             buffers_of[part][own] = (x * scale if part == "k" else x).astype(dtype)
-        plgpu.commit_smem()
-        for part, output in zip(parts, outputs, strict=True):
-            plgpu.copy_smem_to_gmem(buffers_of[part].at[own], output.at[b, head, rows])
+        targets = (output.at[b, head, rows] for output in outputs)
+        program.store(r, *((buffers_of[part].at[own], target) for part, target in zip(parts, targets, strict=True)))
         return taken
 
     def loading():

@@ -142,9 +142,9 @@ def _kernel(
             acc, top, total, p = carry
             plgpu.barrier_wait(k_ready.at[slot(j)])
             turns.take()
-            if stage is not None:
-                s = scores(j)
+            if masked or stage is not None:  # one after another: masks want registers
                 acc = add_values(acc, p, j - 1)
+                s = scores(j)
                 turns.give()
                 p, top, total, keep = softmax(s, top, total, j, masked)
             else:
@@ -194,9 +194,7 @@ def _kernel(
         total = jnp.where(some, total, 1.0)
         q_tile[own] = (acc * spread_rows(1.0 / total, acc.shape)).astype(dtype)
         lse_tile[own] = jnp.where(some, (top + jnp.log(total) * LOG2E) / LOG2E, -jnp.inf)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_tile.at[own], o.at[b, n, rows])
-        plgpu.copy_smem_to_gmem(lse_tile.at[own], lse.at[b, n, rows])
+        program.store(r, (q_tile.at[own], o.at[b, n, rows]), (lse_tile.at[own], lse.at[b, n, rows]))
         return taken + visit.stop - visit.start
 
     def computing():

@@ -61,14 +61,14 @@ def launch(
     heads, key_heads = sorted((row_heads, columns[0].shape[1]), reverse=True)
     shapes = Shapes(
         block=block,
-        row_tiles=pl.cdiv(length, block.rows),
+        length=pl.cdiv(length, WARPGROUP_ROWS) * WARPGROUP_ROWS,
         column_tiles=pl.cdiv(columns[0].shape[2], block.columns),
         heads=heads,
         group=heads // key_heads,
         members=heads // row_heads,
         last_first=last_first,
     )
-    start, stop = (pad_bounds(x, block.rows) for x in bounds)
+    start, stop = (pad_bounds(x, WARPGROUP_ROWS) for x in bounds)
     body = functools.partial(kernel, scale=scale, shapes=shapes)
     body.__name__ = name  # pyright: ignore[reportAttributeAccessIssue]
     interpreted = {}
@@ -77,16 +77,16 @@ def launch(
         scratch = [*scratch, buffers(block.warpgroups, WARPGROUP_ROWS, block.columns, rows[0].dtype)]
     call = plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct(padded_shape(x.shape, block.rows, padded_head_dim), x.dtype) for x in outputs],
+        out_type=[jax.ShapeDtypeStruct(padded_shape(x.shape, WARPGROUP_ROWS, padded_head_dim), x.dtype) for x in outputs],
         scratch_types=tuple(scratch),
-        grid=(batch, row_heads, pl.cdiv(shapes.row_tiles, block.tiles)),
+        grid=(batch, row_heads, pl.cdiv(shapes.length, block.rows * block.tiles)),
         grid_names=("batch", "head", "program"),  # the last is the fastest: neighbours read the same columns
         num_threads=block.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **interpreted,
     )
-    rows = [pad(x, block.rows, padded_head_dim) for x in rows]
+    rows = [pad(x, WARPGROUP_ROWS, padded_head_dim) for x in rows]
     columns = [pad(x, block.columns, padded_head_dim) for x in columns]
     # The call takes no note of the mesh axes that its operands vary over.
     _, *padded = vary_alike((rows[0], *call(start, stop, *rows, *columns)))

@@ -28,7 +28,8 @@ class Shapes(NamedTuple):
     """What is static of a launch. Its grid is (batch, head of the rows, program)."""
 
     block: HopperBlocks
-    row_tiles: int
+    length: int
+    """Slots of the rows, a multiple of 64."""
     column_tiles: int
     heads: int
     """N."""
@@ -47,11 +48,21 @@ class Program:
         self.shapes, self.block = shapes, shapes.block
         self.batch, self.head, self.warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
         self._first = lax.axis_index("program") * self.block.tiles
-        self.count = lax.min(jnp.int32(self.block.tiles), shapes.row_tiles - self._first)
+        self.row_tiles = pl.cdiv(shapes.length, self.block.rows)
+        self.count = lax.min(jnp.int32(self.block.tiles), self.row_tiles - self._first)
 
     def rows(self, r: Any) -> Any:
-        """Returns the rows of this warpgroup in the program's r-th tile."""
-        return pl.ds(self._tile(r) * self.block.rows + self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        """Returns the rows of this warpgroup in the program's r-th tile; the last ones where it would be past them."""
+        return pl.ds(lax.min(self._row(r), jnp.int32(self.shapes.length - WARPGROUP_ROWS)), WARPGROUP_ROWS)
+
+    def store(self, r: Any, *copies: tuple[Any, Any]) -> None:
+        """Starts to copy (shared memory, array) for each output of the r-th tile, unless it is past the last row."""
+        plgpu.commit_smem()
+
+        @pl.when(self._row(r) < self.shapes.length)
+        def _():
+            for source, target in copies:
+                plgpu.copy_smem_to_gmem(source, target)
 
     def own(self, r: Any) -> Any:
         """Returns the buffer of this warpgroup's rows in the r-th tile, and then of its output."""
@@ -66,23 +77,26 @@ class Program:
 
     def columns(self, r: Any, start: Any, stop: Any, member: Any = 0) -> TileRange:
         """Returns the tiles of columns that the program's r-th tile visits, at least one."""
-        return self._seen(self._tile(r) * self.block.rows, self.block.rows, start, stop, member)
+        first = self._tile(r) * self.block.rows
+        last = lax.min(first + self.block.rows, jnp.int32(self.shapes.length)) - 1
+        return self._seen(first, last, start, stop, member)
 
     def visit(self, r: Any, start: Any, stop: Any, member: Any = 0) -> "Visit":
         """Returns the same, and those among them that this warpgroup computes with."""
         whole = self.columns(r, start, stop, member)
         if self.block.warpgroups == 1:
             return Visit(whole.start, whole.stop, whole)
-        own = self._seen(self.rows(r).start, WARPGROUP_ROWS, start, stop, member)
+        first = self.rows(r).start
+        own = self._seen(first, first + WARPGROUP_ROWS - 1, start, stop, member)
         # Rows that see nothing may be given a tile beyond those of the others.
         begin = lax.min(own.start, whole.stop - 1)
         end = lax.max(lax.min(own.stop, whole.stop), begin + 1)
         full = lax.clamp(begin, own.full_start, end)
         return Visit(whole.start, whole.stop, TileRange(begin, full, lax.clamp(full, own.full_stop, end), end))
 
-    def _seen(self, first: Any, rows: int, start: Any, stop: Any, member: Any) -> TileRange:
+    def _seen(self, first: Any, last: Any, start: Any, stop: Any, member: Any) -> TileRange:
         """Returns the tiles that rows see; one, masked, where they see nothing, so that none is special."""
-        row, last = self.bounds(start, member), first + rows - 1
+        row = self.bounds(start, member)
         seen = tile_range(
             start[*row, first], stop[*row, first], start[*row, last], stop[*row, last], self.block.columns
         )
@@ -103,7 +117,10 @@ class Program:
 
     def _tile(self, r: Any) -> Any:
         tile = self._first + r
-        return self.shapes.row_tiles - 1 - tile if self.shapes.last_first else tile
+        return self.row_tiles - 1 - tile if self.shapes.last_first else tile
+
+    def _row(self, r: Any) -> Any:
+        return self._tile(r) * self.block.rows + self.warpgroup * WARPGROUP_ROWS
 
 
 class Visit(NamedTuple):
@@ -308,8 +325,11 @@ def hide(x: Array, fill: float, start: Array, stop: Array, first: Any, masked: M
     if masked is None:
         return x
     column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=LAYOUT)
-    x = jnp.where(column < spread_rows(stop - first, x.shape), x, fill)
-    return x if masked == "stop" else jnp.where(column >= spread_rows(start - first, x.shape), x, fill)
+    if masked == "stop":
+        return jnp.where(column < spread_rows(stop - first, x.shape), x, fill)
+    # One comparison for both bounds: those before the start wrap round to large ones.
+    since = (column - spread_rows(start - first, x.shape)).astype(jnp.uint32)
+    return jnp.where(since < spread_rows((stop - start).astype(jnp.uint32), x.shape), x, fill)
 
 
 def multiply(acc: Any, a: Any, b: Any, stage: Any, *, transposed: bool = False) -> None:
