@@ -27,8 +27,10 @@ class HopperBlocks:
     """Slots streamed past the rows in a step."""
     num_stages: int
     """Streamed tiles in flight."""
+    turns: bool = False
+    """Whether warpgroups issue in turn, so that the products of one run under the softmax of another."""
     overlap: bool = False
-    """Whether the last product of a step runs under the next step's softmax, and warpgroups take turns in issuing."""
+    """Forward, dQ: whether the last product of a step runs under the next step's softmax."""
     tiles: int = 1
     """Tiles that one program walks through, loading ahead: for short runs."""
     rows_in_registers: bool = False
@@ -113,18 +115,18 @@ def mosaic_config(head_dim: int, *, long_runs: bool) -> Config[HopperBlocks]:
     if head_dim > 128:
         stages = 2 if head_dim <= 192 else 1  # all that the shared memory holds
         gradient = HopperBlocks(warpgroups=2, columns=64, num_stages=stages)
-        forward = HopperBlocks(warpgroups=2, columns=64, num_stages=2, overlap=True)
+        forward = HopperBlocks(warpgroups=2, columns=64, num_stages=2, turns=True, overlap=True)
         return Config(forward=forward, dq=gradient, dkv=gradient)
     if head_dim > 64:
         return Config(
-            forward=HopperBlocks(warpgroups=2, columns=128, num_stages=2, overlap=True),
+            forward=HopperBlocks(warpgroups=2, columns=128, num_stages=2, turns=True, overlap=True),
             dq=HopperBlocks(warpgroups=2, columns=128 if long_runs else 64, num_stages=2),
             dkv=HopperBlocks(warpgroups=2, columns=64, num_stages=3),
         )
     if long_runs:
         return Config(
-            forward=HopperBlocks(warpgroups=2, columns=128, num_stages=3, overlap=True),
-            dq=HopperBlocks(warpgroups=2, columns=128, num_stages=4, overlap=True),
+            forward=HopperBlocks(warpgroups=2, columns=128, num_stages=3, turns=True, overlap=True),
+            dq=HopperBlocks(warpgroups=2, columns=128, num_stages=4, turns=True, overlap=True),
             dkv=HopperBlocks(warpgroups=2, columns=64, num_stages=3, rows_in_registers=True),
         )
     return Config(

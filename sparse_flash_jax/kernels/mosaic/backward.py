@@ -193,7 +193,7 @@ def _dkv_kernel(
     shapes: Shapes,
 ):
     """Computes dk, dv, or both: `parts` is "k", "v" or "kv"."""
-    outputs, (k_tile, v_tile, q_ring, do_ring, lse_ring, delta_ring, rows_ready, q_ready, do_ready, free, *stage) = (
+    outputs, (k_tile, v_tile, q_ring, do_ring, lse_ring, delta_ring, rows_ready, q_ready, do_ready, free, turn, *stage) = (
         refs[: len(parts)],
         refs[len(parts) :],
     )
@@ -217,7 +217,7 @@ def _dkv_kernel(
         bounds = (plgpu.load(ref.at[*seen], layout=BY_ROW, optimized=False) for ref in (q_start, q_stop))
         return program.visit(r, q_start, q_stop, member), *bounds
 
-    def compute(r, first_seen, taken):
+    def compute(turns, r, first_seen, taken):
         rows, own = program.rows(r), program.own(r)
         plgpu.barrier_wait(rows_ready.at[own])
         held = [plgpu.load(x.at[own], layout=LAYOUT) for x in (k_tile, v_tile)] if in_registers else None
@@ -233,11 +233,13 @@ def _dkv_kernel(
                     here = afresh(own)
                     k_rows, v_rows = held or (k_tile.at[here], v_tile.at[here])
                     plgpu.barrier_wait(q_ready.at[slot(j)])
+                    turns.take()
                     multiply(s_ref, k_rows, q_ring.at[slot(j)], stage, transposed=True)
                     plgpu.barrier_wait(do_ready.at[slot(j)])
                     if "k" in parts:
                         multiply(dp_ref, v_rows, do_ring.at[slot(j)], stage, transposed=True)
                     s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1 if "k" in parts else 0)
+                    turns.give()
                     s = s * (scale * LOG2E) - load(lse_ring, j)
                     p = jnp.exp2(hide(s, LOWEST, start, stop, j * block.columns, masked))
                     if "v" in parts:
@@ -260,6 +262,8 @@ def _dkv_kernel(
                 return carry
 
             def pass_by(j):
+                turns.take()
+                turns.give()
                 plgpu.barrier_wait(q_ready.at[slot(j)])
                 plgpu.barrier_wait(do_ready.at[slot(j)])
                 plgpu.barrier_arrive(free.at[slot(j)])
@@ -290,7 +294,9 @@ def _dkv_kernel(
         load_columns(program, lambda r, member: program.columns(r, q_start, q_stop, member), [Feed(free, load)])
 
     def computing():
-        compute_tiles(program, fetch, look, compute, outputs=len(parts))
+        turns = Turns(program, turn)
+        compute_tiles(program, fetch, look, functools.partial(compute, turns), outputs=len(parts))
+        turns.close()
 
     split_roles(block, computing, loading)
 
@@ -359,10 +365,12 @@ def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, config):
     vector = plgpu.SMEM((block.num_stages, block.columns), jnp.float32)
     rows_ready = plgpu.Barrier(num_arrivals=both, num_barriers=held)
     unused = plgpu.SMEM((32,), jnp.float32)
+    turn = plgpu.Barrier(num_barriers=block.warpgroups)
+    barriers = (rows_ready, q_ready, do_ready, free, turn)
     if "k" in parts:
-        scratch = (own, own, ring, ring, vector, vector, rows_ready, q_ready, do_ready, free)
+        scratch = (own, own, ring, ring, vector, vector, *barriers)
     else:
-        scratch = (own, unused, ring, ring, vector, unused, rows_ready, q_ready, do_ready, free)
+        scratch = (own, unused, ring, ring, vector, unused, *barriers)
     return launch(
         functools.partial(_dkv_kernel, parts=parts),
         (runs.q_start, runs.q_stop),

@@ -133,7 +133,10 @@ def _kernel(
         def step(j, carry, *, masked):
             acc, top, total = carry
             plgpu.barrier_wait(k_ready.at[slot(j)])
-            p, top, total, keep = softmax(scores(j), top, total, j, masked)
+            turns.take()
+            s = scores(j)
+            turns.give()
+            p, top, total, keep = softmax(s, top, total, j, masked)
             acc = add_values(acc * spread_rows(keep, acc.shape), p, j)
             plgpu.barrier_arrive(v_free.at[slot(j)])
             return acc, top, total

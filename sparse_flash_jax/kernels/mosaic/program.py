@@ -257,7 +257,7 @@ class Turns:
     """Warpgroups issue their products in turn, so that the softmax of one runs under the products of another."""
 
     def __init__(self, program: Program, barriers: Any):
-        self._taken = program.block.overlap and program.block.warpgroups > 1
+        self._taken = program.block.turns and program.block.warpgroups > 1
         self._count, self._mine, self._barriers = program.block.warpgroups, program.warpgroup, barriers
         if self._taken:
 
