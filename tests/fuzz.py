@@ -238,6 +238,8 @@ def wrongs(form: Form, case: Case, device: str, implementations: tuple[str, ...]
         yield " ".join(implementations), _one_line(error)
         return
     for implementation in implementations:
+        if implementation == "mosaic" and case.dtype == "float32":
+            continue
         try:
             config = _config(form, device, implementation)
             got = _compiled(_sparse, device, 3)(form.scale, implementation, config, inputs, plan)

@@ -22,7 +22,7 @@ CONFIGS = {
     "each_pass_its_own": Config(
         HopperBlocks(2, 64, 2, turns=True, overlap=True),
         HopperBlocks(2, 64, 3, turns=True, overlap=True),
-        HopperBlocks(1, 64, 2, turns=True, rows_in_registers=True, tiles=2),
+        HopperBlocks(2, 64, 3, turns=True, rows_in_registers=True, tiles=2),
         interpret=True,
     ),
     "past_the_end": Config(

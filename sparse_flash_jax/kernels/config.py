@@ -20,7 +20,7 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class HopperBlocks:
-    """Tile of one pass of the Mosaic kernels: 64 rows for each of one to three warpgroups that compute."""
+    """Tile of one pass of the Mosaic kernels: 64 rows for each of one to four warpgroups that compute."""
 
     warpgroups: int
     columns: int
@@ -106,33 +106,35 @@ def triton_head_dim(head_dim: int) -> int:
 
 
 def mosaic_config(head_dim: int, *, long_runs: bool) -> Config[HopperBlocks]:
-    """Returns tiles for the Hopper kernels.
+    """Returns tiles for the Hopper kernels: those that were fastest on an H100 (benchmarks/notes.md) and spill nothing.
 
     Args:
         head_dim: H.
         long_runs: whether a run spans many tiles.
     """
     if head_dim > 128:
-        stages = 2 if head_dim <= 192 else 1  # all that the shared memory holds
-        gradient = HopperBlocks(warpgroups=2, columns=64, num_stages=stages)
-        forward = HopperBlocks(warpgroups=2, columns=64, num_stages=2, turns=True, overlap=True)
-        return Config(forward=forward, dq=gradient, dkv=gradient)
+        gradient = HopperBlocks(warpgroups=2, columns=64, num_stages=2 if head_dim <= 192 else 1)  # all that fits
+        return Config(
+            forward=HopperBlocks(warpgroups=2, columns=64, num_stages=2, turns=True, overlap=True),
+            dq=gradient,
+            dkv=dataclasses.replace(gradient, turns=long_runs),
+        )
     if head_dim > 64:
         return Config(
             forward=HopperBlocks(warpgroups=2, columns=128, num_stages=2, turns=True, overlap=True),
-            dq=HopperBlocks(warpgroups=2, columns=128 if long_runs else 64, num_stages=2),
-            dkv=HopperBlocks(warpgroups=2, columns=64, num_stages=3),
+            dq=HopperBlocks(warpgroups=2, columns=128 if long_runs else 64, num_stages=2, turns=long_runs),
+            dkv=HopperBlocks(warpgroups=2, columns=64, num_stages=2),
         )
     if long_runs:
         return Config(
-            forward=HopperBlocks(warpgroups=2, columns=128, num_stages=3, turns=True, overlap=True),
-            dq=HopperBlocks(warpgroups=2, columns=128, num_stages=4, turns=True, overlap=True),
-            dkv=HopperBlocks(warpgroups=2, columns=64, num_stages=3, rows_in_registers=True),
+            forward=HopperBlocks(warpgroups=3, columns=128, num_stages=2, turns=True),
+            dq=HopperBlocks(warpgroups=2, columns=128, num_stages=2),
+            dkv=HopperBlocks(warpgroups=2, columns=128, num_stages=3, turns=True),
         )
     return Config(
-        forward=HopperBlocks(warpgroups=1, columns=64, num_stages=3, tiles=4),
-        dq=HopperBlocks(warpgroups=2, columns=64, num_stages=3, tiles=4),
-        dkv=HopperBlocks(warpgroups=2, columns=64, num_stages=3, tiles=4, rows_in_registers=True),
+        forward=HopperBlocks(warpgroups=4, columns=64, num_stages=3, tiles=2),
+        dq=HopperBlocks(warpgroups=3, columns=64, num_stages=3, tiles=2),
+        dkv=HopperBlocks(warpgroups=2, columns=64, num_stages=3, tiles=2, rows_in_registers=True),
     )
 
 

@@ -27,6 +27,7 @@ from sparse_flash_jax.kernels.mosaic.program import (
     BY_COLUMN,
     BY_ROW,
     LAYOUT,
+    NARROW,
     WARPGROUP_ROWS,
     Feed,
     Program,
@@ -193,17 +194,16 @@ def _dkv_kernel(
     shapes: Shapes,
 ):
     """Computes dk, dv, or both: `parts` is "k", "v" or "kv"."""
-    outputs, (k_tile, v_tile, q_ring, do_ring, lse_ring, delta_ring, rows_ready, q_ready, do_ready, free, turn, *stage) = (
-        refs[: len(parts)],
-        refs[len(parts) :],
-    )
+    outputs, scratch = refs[: len(parts)], refs[len(parts) :]
+    k_tile, v_tile, q_ring, do_ring, lse_ring, delta_ring, *scratch = scratch
+    rows_ready, q_ready, do_ready, free, turn, *stage = scratch
     program, block = Program(shapes), shapes.block
     b, head = program.batch, program.head
     dtype = k.dtype
     tile = (WARPGROUP_ROWS, block.columns)
     stage = stage[0].at[program.warpgroup] if stage else None
-    # From head dim 96 on p in float32 would not fit the registers until dp is there.
-    short_p = k.shape[3] > 64 or block.warpgroups > 2
+    # Beyond head dim 64 or columns of 64 p in float32 would not fit the registers until dp is there.
+    short_p = k.shape[3] > 64 or block.columns > NARROW or block.warpgroups > 2
     in_registers = block.rows_in_registers and stage is None
 
     def fetch(r):
@@ -227,38 +227,55 @@ def _dkv_kernel(
             slot = lambda j: afresh(program.slot(taken + j - visit.start))
             load = lambda ring, j: spread_columns(plgpu.load(ring.at[slot(j)], layout=BY_COLUMN), tile)
 
-            def step(j, carry, *, masked):
-                def gradient(s_ref, dp_ref):
-                    """ds; adds to dv on the way."""
-                    here = afresh(own)
-                    k_rows, v_rows = held or (k_tile.at[here], v_tile.at[here])
-                    plgpu.barrier_wait(q_ready.at[slot(j)])
-                    turns.take()
-                    multiply(s_ref, k_rows, q_ring.at[slot(j)], stage, transposed=True)
-                    plgpu.barrier_wait(do_ready.at[slot(j)])
-                    if "k" in parts:
-                        multiply(dp_ref, v_rows, do_ring.at[slot(j)], stage, transposed=True)
-                    s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1 if "k" in parts else 0)
-                    turns.give()
-                    s = s * (scale * LOG2E) - load(lse_ring, j)
-                    p = jnp.exp2(hide(s, LOWEST, start, stop, j * block.columns, masked))
-                    if "v" in parts:
-                        multiply(sums["v"], p.astype(dtype), do_ring.at[slot(j)], stage)
-                    if "k" not in parts:
-                        return None
-                    if short_p:
-                        p = p.astype(dtype)
-                    dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=len(parts) - 1)
-                    p, dp = lax.optimization_barrier((p, dp))
-                    ds = p.astype(jnp.float32) * (dp - load(delta_ring, j))
-                    return ds.astype(dtype)
+            def issue_scores(j, s_ref):
+                plgpu.barrier_wait(q_ready.at[slot(j)])
+                turns.take()
+                rows = held[0] if held else k_tile.at[afresh(own)]
+                multiply(s_ref, rows, q_ring.at[slot(j)], stage, transposed=True)
 
-                products = [product(tile)] * (2 if "k" in parts else 1)
-                ds = pl.run_scoped(lambda s_ref, dp_ref=None: gradient(s_ref, dp_ref), *products)
-                if "k" in parts:
-                    multiply(sums["k"], ds, q_ring.at[slot(j)], stage)
+            def issue_dp(j, dp_ref):
+                rows = held[1] if held else v_tile.at[afresh(own)]
+                multiply(dp_ref, rows, do_ring.at[slot(j)], stage, transposed=True)
+
+            def weights(s_ref, j, masked, behind):
+                """p of a step, `behind` products issued after that of its scores."""
+                s = plgpu.wgmma_accumulator_load(s_ref, wait_n=behind)
+                s = s * (scale * LOG2E) - load(lse_ring, j)
+                return jnp.exp2(hide(s, LOWEST, start, stop, j * block.columns, masked))
+
+            def gradient(p, dp_ref, j, behind):
+                """ds of a step, `behind` products issued after that of dp."""
+                if short_p:
+                    p = p.astype(dtype)
+                p, dp = lax.optimization_barrier((p, plgpu.wgmma_accumulator_load(dp_ref, wait_n=behind)))
+                return (p.astype(jnp.float32) * (dp - load(delta_ring, j))).astype(dtype)
+
+            def release(j):
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(free.at[slot(j)])
+
+            def step(j, carry, *, masked):
+                # The masks of a wide block want the registers of dp.
+                late = bool(masked and block.columns > NARROW)
+
+                def scoped(s_ref, dp_ref=None):
+                    issue_scores(j, s_ref)
+                    plgpu.barrier_wait(do_ready.at[slot(j)])
+                    if "k" in parts and not late:
+                        issue_dp(j, dp_ref)
+                    p = weights(s_ref, j, masked, behind=0 if late else len(products) - 1)
+                    turns.give()
+                    if "k" in parts and late:
+                        issue_dp(j, dp_ref)
+                    if "v" in parts:
+                        multiply(sums["v"], p.astype(dtype), do_ring.at[slot(j)], stage)
+                    return gradient(p, dp_ref, j, behind=len(parts) - 1) if "k" in parts else None
+
+                products = [product(tile)] * (2 if "k" in parts else 1)
+                ds = pl.run_scoped(scoped, *products)
+                if "k" in parts:
+                    multiply(sums["k"], ds, q_ring.at[slot(j)], stage)
+                release(j)
                 return carry
 
             def pass_by(j):

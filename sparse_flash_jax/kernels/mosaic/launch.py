@@ -77,7 +77,9 @@ def launch(
         scratch = [*scratch, buffers(block.warpgroups, WARPGROUP_ROWS, block.columns, rows[0].dtype)]
     call = plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct(padded_shape(x.shape, WARPGROUP_ROWS, padded_head_dim), x.dtype) for x in outputs],
+        out_type=[
+            jax.ShapeDtypeStruct(padded_shape(x.shape, WARPGROUP_ROWS, padded_head_dim), x.dtype) for x in outputs
+        ],
         scratch_types=tuple(scratch),
         grid=(batch, row_heads, pl.cdiv(shapes.length, block.rows * block.tiles)),
         grid_names=("batch", "head", "program"),  # the last is the fastest: neighbours read the same columns

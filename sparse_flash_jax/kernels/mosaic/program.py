@@ -18,10 +18,12 @@ from sparse_flash_jax.kernels.config import HopperBlocks
 from sparse_flash_jax.kernels.tiles import Masked, TileRange, tile_range
 
 WARPGROUP_ROWS = 64  # of one wgmma
+NARROW = 64  # columns: wider blocks leave few registers beside sums and scores
 LAYOUT = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = LAYOUT.reduce(1), LAYOUT.reduce(0)
 HELD_TILES = 3  # of rows: one is computed with while the next one loads and the last one's output is stored
-_REGISTERS = {1: None, 2: (240, 24), 3: (160, 32), 4: (112, 32)}  # of a computing and of the loading warpgroup's threads
+# Of a thread that computes and of one that loads, by how many warpgroups compute; None leaves it to the compiler.
+_REGISTERS = {1: None, 2: (240, 24), 3: (160, 32), 4: (112, 32)}
 
 
 class Shapes(NamedTuple):
@@ -84,7 +86,7 @@ class Program:
     def visit(self, r: Any, start: Any, stop: Any, member: Any = 0) -> "Visit":
         """Returns the same, and those among them that this warpgroup computes with."""
         whole = self.columns(r, start, stop, member)
-        if self.block.warpgroups == 1:
+        if self.block.warpgroups == 1 or self.block.columns > NARROW:  # wide blocks are for runs longer than the tile
             return Visit(whole.start, whole.stop, whole)
         first = self.rows(r).start
         own = self._seen(first, first + WARPGROUP_ROWS - 1, start, stop, member)
@@ -310,12 +312,12 @@ def afresh(buffer: Any) -> Any:
     return lax.optimization_barrier(buffer)
 
 
-def spread_rows(x: Array, shape: tuple[int, int]) -> Array:
+def spread_rows(x: Array, shape: Sequence[int]) -> Array:
     """Returns [rows] as [rows, columns]."""
     return lax.broadcast_in_dim(x, shape, [0])
 
 
-def spread_columns(x: Array, shape: tuple[int, int]) -> Array:
+def spread_columns(x: Array, shape: Sequence[int]) -> Array:
     """Returns [columns] as [rows, columns]."""
     return lax.broadcast_in_dim(x, shape, [1])
 
@@ -325,9 +327,10 @@ def hide(x: Array, fill: float, start: Array, stop: Array, first: Any, masked: M
     if masked is None:
         return x
     column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=LAYOUT)
-    if masked == "stop":
-        return jnp.where(column < spread_rows(stop - first, x.shape), x, fill)
-    # One comparison for both bounds: those before the start wrap round to large ones.
+    if masked == "stop" or x.shape[1] > NARROW:
+        x = jnp.where(column < spread_rows(stop - first, x.shape), x, fill)
+        return x if masked == "stop" else jnp.where(column >= spread_rows(start - first, x.shape), x, fill)
+    # One comparison for both bounds, which takes more registers: columns before the start wrap round to large ones.
     since = (column - spread_rows(start - first, x.shape)).astype(jnp.uint32)
     return jnp.where(since < spread_rows((stop - start).astype(jnp.uint32), x.shape), x, fill)
 
