@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,9 +39,11 @@ def environment() -> dict[str, Any]:
 @contextlib.contextmanager
 def written(result: dict[str, Any], path: Path | None) -> Iterator[None]:
     """Writes a result when the block ends, however it ends: an interrupted run keeps what it has measured."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
     try:
         yield
     finally:
+        signal.signal(signal.SIGTERM, before)
         if path is not None:
             write(result, path)
 

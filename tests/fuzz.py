@@ -201,20 +201,23 @@ def _judges(scale, inputs, plan):
 
     In a short dtype the error of dense attention alone is too small a budget where a tensor has few elements, or a
     query sees few keys: 13 of 400 right cases were beyond it. So the peer also errs by a rounding of each output, and
-    by what all flash attention does, whose backward pass has o rounded: that errs in delta, as a cotangent of lse does.
+    by what all flash attention does, whose backward pass has o rounded: that errs in delta, as a cotangent of lse does,
+    by the norm of o's roundings times do. (The sum of one set of roundings may by chance be nearly 0.)
     """
     batch, length, heads, _ = inputs.q.shape
     mask = jnp.broadcast_to(repeat_heads(plan.mask(), heads), (batch, heads, length, inputs.k.shape[1]))
     exact, plain = truth(inputs, mask, scale), dense(inputs, mask, scale)
-    o_error = exact.o.astype(inputs.q.dtype).astype(jnp.float32) - exact.o
-    delta_error = jnp.sum(o_error * inputs.do.astype(jnp.float32), axis=-1)
+    delta_error = jnp.linalg.norm(_rounding(exact.o, inputs.q.dtype) * inputs.do.astype(jnp.float32), axis=-1)
     flash = truth(inputs._replace(dlse=inputs.dlse - delta_error), mask, scale)
     return exact, jax.tree.map(_worst, exact, plain, flash), mask
 
 
+def _rounding(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jnp.abs(x) * (float(jnp.finfo(dtype).eps) / 2)
+
+
 def _worst(exact: jax.Array, plain: jax.Array, flash: jax.Array) -> jax.Array:
-    rounding = jnp.abs(exact) * (float(jnp.finfo(plain.dtype).eps) / 2)
-    errors = (rounding, jnp.abs(plain.astype(jnp.float32) - exact), jnp.abs(flash - exact))
+    errors = (_rounding(exact, plain.dtype), jnp.abs(plain.astype(jnp.float32) - exact), jnp.abs(flash - exact))
     return exact + functools.reduce(jnp.maximum, errors)
 
 

@@ -93,3 +93,24 @@ def test_tune_says_what_it_needs():
     done = _run("tune.py", "--implementation", "triton")
     assert done.returncode != 0
     assert "needs an NVIDIA GPU" in done.stderr
+
+
+def test_a_stopped_run_keeps_what_it_measured(tmp_path):
+    program = """
+import os, pathlib, signal, sys
+sys.path.insert(0, sys.argv[1])
+from environment import written
+result = {"cases": []}
+with written(result, pathlib.Path(sys.argv[2])):
+    result["cases"].append(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    result["cases"].append(2)
+"""
+    path = tmp_path / "result.json"
+    command = [sys.executable, "-c", program, str(ROOT / "benchmarks"), str(path)]
+    run = subprocess.run(
+        command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1
+    assert "stopped by SIGTERM" in run.stderr
+    assert json.loads(path.read_text()) == {"cases": [1]}

@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import itertools
+from types import SimpleNamespace
 
 import jax
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 import sparse_flash_jax as sfj
-from sparse_flash_jax.kernels import mosaic
+from sparse_flash_jax.kernels import implementations, mosaic
 from sparse_flash_jax.kernels.config import Config, HopperBlocks, mosaic_config
 from tests import definition
 from tests.budget import assert_within_budget, with_gradients
@@ -16,6 +18,7 @@ from tests.cases import CASES
 from tests.contract import IntervalContract
 from tests.gpus import lowered, passes
 from tests.test_attention import judges
+from tests.test_transforms import drawn, hashed
 
 CONFIGS = {
     "small": Config(HopperBlocks(1, 64, 2), HopperBlocks(1, 64, 2), HopperBlocks(1, 64, 2), interpret=True),
@@ -73,3 +76,16 @@ def test_kernels_lower_for_cuda(dtype, head_dim, long_runs):
     config = mosaic_config(head_dim, long_runs=long_runs)
     for kernel, operands in passes(mosaic, dtype, head_dim, runs):
         assert "mosaic_gpu" in lowered(functools.partial(kernel, scale=0.1, config=config), *operands)
+
+
+@pytest.mark.parametrize("how", ["vmap", "shard_map"])
+def test_transformed_calls_lower_for_cuda(monkeypatch, how):
+    hopper = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
+    monkeypatch.setattr(implementations, "_default_device", lambda: hopper)
+    operands = drawn("bfloat16")
+    if how == "vmap":
+        call, operands = jax.vmap(hashed), [x.reshape(4, 2, *x.shape[1:]) for x in operands]
+    else:
+        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+        call = jax.shard_map(hashed, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))
+    assert "mosaic_gpu" in lowered(call, *operands)
