@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds the package and the tests
 
@@ -179,10 +179,17 @@ def zipf(count: int) -> Callable[[np.random.Generator, Shape], Arrays]:
 COMPILER_OPTIONS = {"cpu": {"xla_backend_optimization_level": 0}, "gpu": {"xla_gpu_autotune_level": 0}}
 
 
-@functools.cache
-def _compiled(function: Callable, device: str, statics: int) -> Callable:
-    """The function under jit; so many of its first arguments are static."""
-    return jax.jit(function, static_argnums=tuple(range(statics)), compiler_options=COMPILER_OPTIONS[device])
+@functools.lru_cache(maxsize=64)
+def _compiled(function: Callable, device: str, statics: int, form: Form) -> Callable:
+    """The function under jit for a form; so many of its first arguments are static.
+
+    Of the forms of a long run the last ones alone are kept: some hundreds take all the memory maps that Linux allows.
+    """
+
+    def own(*args: Any) -> Any:
+        return function(*args)
+
+    return jax.jit(own, static_argnums=tuple(range(statics)), compiler_options=COMPILER_OPTIONS[device])
 
 
 def _plan(form: Form, arrays: Arrays, offset: jax.Array) -> sfj.AttentionPlan:
@@ -232,8 +239,8 @@ def wrongs(form: Form, case: Case, device: str, implementations: tuple[str, ...]
     """What is wrong with a case, and the implementations of which this is said."""
     try:
         inputs, arrays = case.inputs(), jax.tree.map(jnp.asarray, case.arrays())
-        plan = _compiled(_plan, device, 1)(form, arrays, jnp.int32(case.pattern.query_offset))
-        exact, peer, mask = _compiled(_judges, device, 1)(form.scale, inputs, plan)
+        plan = _compiled(_plan, device, 1, form)(form, arrays, jnp.int32(case.pattern.query_offset))
+        exact, peer, mask = _compiled(_judges, device, 1, form)(form.scale, inputs, plan)
         if mask.size <= ORACLE_PAIRS:
             seen = definition.visible.__wrapped__(case)  # not remembered: there are many cases
             np.testing.assert_array_equal(mask, seen, "mask of the plan")
@@ -245,7 +252,7 @@ def wrongs(form: Form, case: Case, device: str, implementations: tuple[str, ...]
             continue
         try:
             config = _config(form, device, implementation)
-            got = _compiled(_sparse, device, 3)(form.scale, implementation, config, inputs, plan)
+            got = _compiled(_sparse, device, 3, form)(form.scale, implementation, config, inputs, plan)
             assert_within_budget(got, exact, peer)
         except Exception as error:
             yield implementation, _one_line(error)
