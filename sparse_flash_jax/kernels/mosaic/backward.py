@@ -42,6 +42,7 @@ from sparse_flash_jax.kernels.mosaic.program import (
     load_keys,
     multiply,
     over_members,
+    pass_keys,
     product,
     split_roles,
     spread_columns,
@@ -80,6 +81,7 @@ def _dq_kernel(
     dtype = q.dtype
     tile = (WARPGROUP_ROWS, block.columns)
     stage = None if stage is None else stage.at[program.warpgroup]
+    streams = Stream(k, k_ring, k_ready, k_free), Stream(v, v_ring, v_ready, v_free)
 
     def fetch(r):
         own, rows = program.own(r), program.rows(r)
@@ -98,12 +100,7 @@ def _dq_kernel(
         slot = lambda j: afresh(program.slot(taken + j - visit.start))
         plgpu.barrier_wait(rows_ready.at[own])
 
-        def pass_by(j):
-            turns.take()
-            turns.give()
-            for ready, free in ((k_ready, k_free), (v_ready, v_free)):
-                plgpu.barrier_wait(ready.at[slot(j)])
-                plgpu.barrier_arrive(free.at[slot(j)])
+        pass_by = lambda j: pass_keys(turns, streams, slot(j))
 
         def issue(s_ref, dp_ref, j):
             here = afresh(own)
@@ -173,10 +170,7 @@ def _dq_kernel(
         compute_tiles(program, fetch, look, functools.partial(compute, turns), outputs=1)
         turns.close()
 
-    def loading():
-        load_keys(program, k_start, k_stop, [Stream(k, k_ring, k_ready, k_free), Stream(v, v_ring, v_ready, v_free)])
-
-    split_roles(block, computing, loading)
+    split_roles(block, computing, lambda: load_keys(program, k_start, k_stop, streams))
 
 
 def _dkv_kernel(

@@ -40,6 +40,7 @@ from sparse_flash_jax.kernels.mosaic.program import (
     hide,
     load_keys,
     multiply,
+    pass_keys,
     product,
     split_roles,
     spread_rows,
@@ -78,6 +79,7 @@ def _kernel(
     late = factor > 1e-6  # exp2 takes the factor in where it keeps the order of scores, and what hides them finite
     left = factor if late else 1.0
     stage = None if stage is None else stage.at[program.warpgroup]
+    streams = Stream(k, k_ring, k_ready, k_free), Stream(v, v_ring, v_ready, v_free)
 
     def fetch(r):
         own = program.own(r)
@@ -94,12 +96,7 @@ def _kernel(
         slot = lambda j: afresh(program.slot(taken + j - visit.start))
         plgpu.barrier_wait(q_ready.at[own])
 
-        def pass_by(j):
-            turns.take()
-            turns.give()
-            for ready, free in ((k_ready, k_free), (v_ready, v_free)):
-                plgpu.barrier_wait(ready.at[slot(j)])
-                plgpu.barrier_arrive(free.at[slot(j)])
+        pass_by = lambda j: pass_keys(turns, streams, slot(j))
 
         def softmax(s, top, total, j, masked):
             s = hide(s if late else s * factor, LOWEST / left, start, stop, j * block.columns, masked)
@@ -205,10 +202,7 @@ def _kernel(
         compute_tiles(program, fetch, look, functools.partial(compute, turns), outputs=2)
         turns.close()
 
-    def loading():
-        load_keys(program, k_start, k_stop, [Stream(k, k_ring, k_ready, k_free), Stream(v, v_ring, v_ready, v_free)])
-
-    split_roles(block, computing, loading)
+    split_roles(block, computing, lambda: load_keys(program, k_start, k_stop, streams))
 
 
 def forward(

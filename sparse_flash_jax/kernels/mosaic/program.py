@@ -212,6 +212,15 @@ def load_keys(program: Program, k_start: Any, k_stop: Any, streams: Sequence[Str
     load_columns(program, lambda r, member: program.columns(r, k_start, k_stop), [feed(x) for x in streams])
 
 
+def pass_keys(turns: "Turns", streams: Sequence[Stream], buffer: Any) -> None:
+    """Lets a tile of keys and values go by, in this warpgroup's turn."""
+    turns.take()
+    turns.give()
+    for stream in streams:
+        plgpu.barrier_wait(stream.ready.at[buffer])
+        plgpu.barrier_arrive(stream.free.at[buffer])
+
+
 def over_members(members: int, visit: Callable[[Any, Any], Any], carry: Any) -> Any:
     """Runs carry = visit(member, carry) over the query heads of a group."""
     return visit(0, carry) if members == 1 else lax.fori_loop(0, members, visit, jnp.int32(carry))
