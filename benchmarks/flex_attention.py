@@ -55,6 +55,7 @@ def _record(case: Case, samples: int) -> dict[str, Any]:
     first = last - torch.clamp(position, max=(case.pattern.window or s.T) - 1)
     group = s.N // s.key_heads
 
+    # Ranks order tokens by group, then position: what a query sees lies between its window's first rank and its own.
     def visible(b, h, i, j):
         k = rank[b, h // group, j]
         return (first[b, h, i] <= k) & (k <= last[b, h, i])

@@ -77,10 +77,13 @@ def _candidates(implementation: str, name: str) -> Iterator[Blocks | HopperBlock
         for rows, columns, warps, stages in itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)):
             yield Blocks(rows, columns, warps, stages)
         return
-    for warpgroups, columns, tiles, turns in itertools.product((2, 3, 4), (64, 128), (1, 2, 4), (False, True)):
-        plain = HopperBlocks(warpgroups, columns, num_stages=3 if columns == 64 else 2, tiles=tiles, turns=turns)
-        yield plain
-        yield dataclasses.replace(plain, **{"rows_in_registers" if name == "dkv" else "overlap": True})
+    option = {"forward": "overlap", "dkv": "rows_in_registers"}.get(name)
+    for columns, warpgroups, tiles, turns in itertools.product((64, 128), (2, 3, 4), (1, 2, 4), (False, True)):
+        for stages in (1, 2, 3):
+            plain = HopperBlocks(warpgroups, columns, stages, tiles=tiles, turns=turns)
+            yield plain
+            if option and stages > 1:
+                yield dataclasses.replace(plain, **{option: True})
 
 
 def _times(case: Case, name: str, args: argparse.Namespace) -> list[tuple[Any, float]]:

@@ -54,7 +54,8 @@ def sparse_attention(q, k, v, plan, *, scale=None, implementation=None, config=N
         plan: from `causal`, `packed`, `qk_sparse`, `hash_sparse` or `make_plan`, for these lengths and head counts.
         scale: static factor on the scores; None for 1 / sqrt(H).
         implementation: "mosaic", "triton" or "xla"; None picks for the default device. A named one never falls back.
-        config: tile sizes of the kernels (`kernels/config.py`); None for those that suit the shapes and the device.
+        config: tile sizes of the kernels (`kernels/config.py`), `HopperBlocks` for "mosaic", else `Blocks`;
+            None for those that suit the shapes and the device.
         return_residual: whether to also return the log-sum-exp of each query's scores.
 
     Returns:

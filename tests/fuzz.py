@@ -9,6 +9,7 @@ those of numbers near theirs; what a compiled function is given is drawn afresh 
 """
 
 import argparse
+import collections
 import concurrent.futures
 import dataclasses
 import functools
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparse_flash_jax as sfj
-from sparse_flash_jax.kernels.config import Blocks, Config, triton_config
+from sparse_flash_jax.kernels.config import Blocks, Config, mosaic_config, triton_config
 from sparse_flash_jax.plan import repeat_heads
 from tests import cases, definition
 from tests.budget import assert_within_budget, dense, truth, with_gradients
@@ -231,8 +232,15 @@ def _worst(exact: jax.Array, plain: jax.Array, flash: jax.Array) -> jax.Array:
 def _config(form: Form, device: str, implementation: str) -> Config | None:
     if device == "gpu" or implementation == "xla":
         return form.tiles
+    if implementation == "mosaic":
+        return dataclasses.replace(mosaic_config(form.case.shape.H, long_runs=False), interpret=True)
     default = triton_config(form.case.dtype, form.case.shape.H, long_runs=False, capability=9.0)
     return dataclasses.replace(form.tiles or default, interpret=True)
+
+
+def takes(implementation: str, form: Form) -> bool:
+    """Whether an implementation is there for the form's dtype."""
+    return implementation != "mosaic" or form.case.dtype != "float32"
 
 
 def wrongs(form: Form, case: Case, device: str, implementations: tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -248,8 +256,6 @@ def wrongs(form: Form, case: Case, device: str, implementations: tuple[str, ...]
         yield " ".join(implementations), _one_line(error)
         return
     for implementation in implementations:
-        if implementation == "mosaic" and case.dtype == "float32":
-            continue
         try:
             config = _config(form, device, implementation)
             got = _compiled(_sparse, device, 3, form)(form.scale, implementation, config, inputs, plan)
@@ -263,17 +269,19 @@ def _one_line(error: Exception) -> str:
     return kind + " ".join(str(error).split())[:240]
 
 
-def judge(args: argparse.Namespace, number: int, indices: list[int]) -> Iterator[list[str]]:
-    """For each of these cases, all of one form: a line for each thing that is wrong."""
+def judge(args: argparse.Namespace, number: int, indices: list[int]) -> Iterator[tuple[list[str], tuple[str, ...]]]:
+    """For each of these cases, all of one form: a line for each thing that is wrong, and which implementations ran."""
     with jax.default_device(jax.devices(args.device)[0]):
         form = draw_form(args.seed, number, args.device)
+        ran = tuple(name for name in args.implementation if takes(name, form))
         for index in indices:
             case = draw_case(args.seed, index, form)
-            yield [
+            lines = [
                 f"wrong: {case}: {names}: {what}; again: python tests/fuzz.py --seed {args.seed} --first {index} "
                 f"--cases 1 --device {args.device} --implementation {names}"
-                for names, what in wrongs(form, case, args.device, args.implementation)
+                for names, what in wrongs(form, case, args.device, ran)
             ]
+            yield lines, ran
 
 
 class Tally:
@@ -281,12 +289,14 @@ class Tally:
 
     def __init__(self, cases: int):
         self.cases, self.done, self.wrong = cases, 0, 0
+        self.ran: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()
         self.start = self.last_line = time.monotonic()
 
-    def add(self, lines: list[str]) -> None:
+    def add(self, lines: list[str], ran: tuple[str, ...]) -> None:
         with self._lock:
             self.done += 1
+            self.ran.update(ran)
             self.wrong += bool(lines)
             for line in lines:
                 print(line, flush=True)
@@ -320,9 +330,10 @@ def main(argv: list[str] | None = None) -> int:
     indices = range(args.first, args.first + args.cases)
     forms = [(n, list(some)) for n, some in itertools.groupby(indices, lambda i: i // CASES_OF_A_FORM)]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for _ in pool.map(lambda form: [tally.add(lines) for lines in judge(args, *form)], forms):
+        for _ in pool.map(lambda form: [tally.add(*judged) for judged in judge(args, *form)], forms):
             pass
-    print(f"{args.cases} cases, {tally.wrong} wrong, {tally.seconds:.0f} s")
+    ran = ", ".join(f"{name} {count}" for name, count in tally.ran.items())
+    print(f"{args.cases} cases ({ran}), {tally.wrong} wrong, {tally.seconds:.0f} s")
     return int(tally.wrong > 0)
 
 

@@ -31,7 +31,7 @@ def test_a_form_drawn_twice_is_one_form():
 
 def test_right_cases(capsys):
     assert fuzz.main(["--seed", "79", "--cases", "3", "--device", "cpu"]) == 0
-    assert re.fullmatch(r"3 cases, 0 wrong, \d+ s", capsys.readouterr().out.splitlines()[-1])
+    assert re.fullmatch(r"3 cases \(xla 3, triton 3\), 0 wrong, \d+ s", capsys.readouterr().out.splitlines()[-1])
 
 
 def test_as_a_script():
@@ -39,7 +39,7 @@ def test_as_a_script():
     command = [sys.executable, "tests/fuzz.py", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.fullmatch(r"1 cases, 0 wrong, \d+ s", done.stdout.splitlines()[-1])
+    assert re.fullmatch(r"1 cases \(xla 1\), 0 wrong, \d+ s", done.stdout.splitlines()[-1])
 
 
 def test_a_wrong_result_is_reported_and_seen_again(monkeypatch, capsys):
@@ -53,7 +53,7 @@ def test_a_wrong_result_is_reported_and_seen_again(monkeypatch, capsys):
     # A seed of its own, since what is compiled here stays wrong; and one whose queries see something.
     assert fuzz.main(["--seed", "89", "--cases", "2", "--device", "cpu", "--implementation", "xla"]) == 1
     *reports, summary = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"2 cases, 2 wrong, \d+ s", summary)
+    assert re.fullmatch(r"2 cases \(xla 2\), 2 wrong, \d+ s", summary)
     assert len(reports) == 2
     assert re.match(r"wrong: B.*: xla: lse: error \S+ exceeds its budget", reports[1])
 

@@ -113,6 +113,21 @@ def test_tiles_of_another_kind():
         check_implementation("xla", "float32", 64, Config(block, block, block))
 
 
+@pytest.mark.parametrize(("block", "picked"), [(Blocks(64, 64), "triton"), (HopperBlocks(2, 64, 2), "mosaic")])
+def test_none_picks_what_takes_the_tiles(device, block, picked):
+    device("NVIDIA H100 80GB HBM3", "9.0")
+    config = Config(block, block, block)
+    check_implementation(None, "bfloat16", 64, config)
+    assert pick_implementation("bfloat16", 64, config) == picked
+
+
+def test_tiles_that_nothing_takes_here(device):
+    device("NVIDIA A100-SXM4-40GB", "8.0")
+    block = HopperBlocks(2, 64, 2)
+    with pytest.raises(NotImplementedError, match=r"^implementation='mosaic' needs .* 9\.0, .* A100-SXM4-40GB\.$"):
+        pick_implementation("bfloat16", 64, Config(block, block, block))
+
+
 def test_interpreted_on_any_device():
     block = Blocks(16, 16)
     config = Config(block, block, block, interpret=True)

@@ -6,6 +6,7 @@ import itertools
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
@@ -14,7 +15,7 @@ from sparse_flash_jax.kernels import implementations, mosaic
 from sparse_flash_jax.kernels.config import Config, HopperBlocks, mosaic_config
 from tests import definition
 from tests.budget import assert_within_budget, with_gradients
-from tests.cases import CASES
+from tests.cases import CASES, Case, Pattern, Shape, buckets
 from tests.contract import IntervalContract
 from tests.gpus import lowered, passes
 from tests.test_attention import judges
@@ -24,7 +25,7 @@ CONFIGS = {
     "small": Config(HopperBlocks(1, 64, 2), HopperBlocks(1, 64, 2), HopperBlocks(1, 64, 2), interpret=True),
     "each_pass_its_own": Config(
         HopperBlocks(2, 64, 2, turns=True, overlap=True),
-        HopperBlocks(2, 64, 3, turns=True, overlap=True),
+        HopperBlocks(2, 64, 3, turns=True),
         HopperBlocks(2, 64, 3, turns=True, rows_in_registers=True, tiles=2),
         interpret=True,
     ),
@@ -66,6 +67,30 @@ def test_interpreted_cases_within_budget(case, long_runs):
     config = mosaic_config(case.shape.H, long_runs=long_runs)
     got = interpreted(inputs, plan, dataclasses.replace(config, interpret=True))
     assert_within_budget(got, *judges(inputs, plan))
+
+
+def test_row_buffers_are_used_again():
+    """Five tiles of rows a program and three places for them."""
+    case = Case(Shape(B=1, T=600, N=1, H=16), Pattern("hash4", buckets(4)), "bfloat16")
+    inputs, plan = case.inputs(), definition.plan(case)
+    block = HopperBlocks(2, 64, 2, turns=True, tiles=5)
+    got = interpreted(inputs, plan, Config(block, block, block, interpret=True))
+    assert_within_budget(got, *judges(inputs, plan))
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        (HopperBlocks(5, 64, 2), "1 to 4 warpgroups"),
+        (HopperBlocks(2, 96, 2), "columns in 64s"),
+        (HopperBlocks(2, 64, 1, overlap=True), "num_stages must be at least 2"),
+    ],
+)
+def test_tiles_that_there_are_not(block, said):
+    q = jnp.ones((1, 64, 1, 16), jnp.bfloat16)
+    config = Config(block, block, block, interpret=True)
+    with pytest.raises(ValueError, match=said):
+        sfj.sparse_attention(q, q, q, sfj.causal(64), implementation="mosaic", config=config)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -30,7 +30,7 @@ class HopperBlocks:
     turns: bool = False
     """Whether warpgroups issue in turn, so that the products of one run under the softmax of another."""
     overlap: bool = False
-    """Forward, dQ: whether the last product of a step runs under the next step's softmax."""
+    """Forward: whether the last product of a step runs under the next step's softmax."""
     tiles: int = 1
     """Tiles that one program walks through, loading ahead: for short runs."""
     rows_in_registers: bool = False
@@ -132,7 +132,7 @@ def mosaic_config(head_dim: int, *, long_runs: bool) -> Config[HopperBlocks]:
             dkv=HopperBlocks(warpgroups=2, columns=128, num_stages=3, turns=True),
         )
     return Config(
-        forward=HopperBlocks(warpgroups=4, columns=64, num_stages=3, tiles=2),
+        forward=HopperBlocks(warpgroups=4, columns=64, num_stages=3, tiles=3),
         dq=HopperBlocks(warpgroups=3, columns=64, num_stages=3, tiles=2),
         dkv=HopperBlocks(warpgroups=2, columns=64, num_stages=3, tiles=2, rows_in_registers=True),
     )

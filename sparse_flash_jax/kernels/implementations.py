@@ -44,20 +44,28 @@ def check_implementation(implementation: str | None, dtype: Any, head_dim: int, 
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}.")
-    expected = HopperBlocks if implementation == "mosaic" else Blocks
-    if config is not None and not isinstance(config.forward, expected):
-        got = type(config.forward).__name__
-        raise ValueError(f"implementation={implementation!r} takes a config of {expected.__name__}, got {got}.")
     if implementation is None:
         return
+    if not _fits(config, implementation):
+        got, expected = type(getattr(config, "forward", None)).__name__, _blocks_of(implementation).__name__
+        raise ValueError(f"implementation={implementation!r} takes a config of {expected}, got {got}.")
     lacks = _what_lacks(implementation, dtype, head_dim, interpret=config is not None and config.interpret)
     if lacks:
         raise NotImplementedError(f"implementation={implementation!r} {lacks}; use implementation='xla', or None.")
 
 
-def pick_implementation(dtype: Any, head_dim: int) -> str:
-    """Returns the fastest implementation that can do this on the default device."""
-    return next(name for name in IMPLEMENTATIONS if not _what_lacks(name, dtype, head_dim, interpret=False))
+def pick_implementation(dtype: Any, head_dim: int, config: Config | None = None) -> str:
+    """Returns the fastest implementation that can do this on the default device, with these tiles if there are any.
+
+    Raises:
+        NotImplementedError: if no implementation that takes such tiles can.
+    """
+    interpret, lacks = config is not None and config.interpret, {}
+    for name in (name for name in IMPLEMENTATIONS if _fits(config, name)):
+        lacks[name] = _what_lacks(name, dtype, head_dim, interpret=interpret)
+        if lacks[name] is None:
+            return name
+    raise NotImplementedError("; ".join(f"implementation={name!r} {lack}" for name, lack in lacks.items()) + ".")
 
 
 def kernels_of(implementation: str) -> ModuleType:
@@ -77,6 +85,14 @@ def default_config(implementation: str, *, dtype: Any, head_dim: int, runs: Runs
     if implementation == "mosaic":
         return mosaic_config(head_dim, long_runs=long_runs)
     return triton_config(dtype, head_dim, long_runs=long_runs, capability=_compute_capability())
+
+
+def _blocks_of(implementation: str) -> type:
+    return HopperBlocks if implementation == "mosaic" else Blocks
+
+
+def _fits(config: Config | None, implementation: str) -> bool:
+    return config is None or isinstance(config.forward, _blocks_of(implementation))
 
 
 def _what_lacks(implementation: str, dtype: Any, head_dim: int, *, interpret: bool) -> str | None:

@@ -44,8 +44,8 @@ def interval_attention(
         runs: the run of each query, and its transpose.
         scale: static factor on the scores; None for 1 / sqrt(H).
         implementation: "mosaic", "triton" or "xla"; None picks for the device.
-        config: tile sizes; None for those that suit the shapes and the device. `Config.interpret` runs GPU kernels in
-            Pallas' interpreter, on any device.
+        config: tile sizes, `HopperBlocks` for "mosaic" and `Blocks` for the others; None for those that suit the shapes
+            and the device. `Config.interpret` runs GPU kernels in Pallas' interpreter, on any device.
 
     Returns:
         o [B N T H] in q's dtype, 0 where a run is empty, and lse float32 [B N T], natural log, -inf there.
@@ -55,7 +55,7 @@ def interval_attention(
         NotImplementedError: if the named implementation cannot do it.
     """
     check_implementation(implementation, q.dtype, q.shape[-1], config)
-    implementation = pick_implementation(q.dtype, q.shape[-1]) if implementation is None else implementation
+    implementation = pick_implementation(q.dtype, q.shape[-1], config) if implementation is None else implementation
     if config is None:
         config = default_config(implementation, dtype=q.dtype, head_dim=q.shape[-1], runs=runs)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)

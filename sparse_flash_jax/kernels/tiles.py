@@ -15,17 +15,18 @@ LOG2E = 1.4426950408889634
 """exp2 is one instruction on a GPU, exp two: scores are scaled by log2(e) there."""
 
 LOWEST = -1e30
-"""Score of a hidden pair: finite, so that a row of hidden pairs has no NaN in it; visible scores must lie above it."""
+"""Score of a hidden pair: finite, so that a row of such has no NaN in it; visible scores must lie above FLOOR."""
 
 FLOOR = LOWEST / 2
-"""Where the running maximum of a row may start: hidden scores lie so far below it that exp2 of the rest is 0."""
+"""Where the running maximum of a row may start: hidden scores lie so far below it that exp2 of the difference is 0."""
 
 
 class Runs(NamedTuple):
     """The visible pairs of slots, said twice: by query and by key.
 
-    All four arrays are int32 and non-decreasing along their last axis; an empty run has `start == stop`. The batch axis
-    is B or 1. The head axis may be any divisor A of the number of query heads N: query head n reads row n // (N // A).
+    All four arrays are int32 and non-decreasing along their last axis; no start is past its stop, and an empty run has
+    `start == stop`. The batch axis is B or 1. The head axis may be any divisor A of the number of query heads N: query
+    head n reads row n // (N // A).
     """
 
     k_start: Int32[Array, "B N T"]
@@ -81,7 +82,7 @@ Masked = Literal["both", "stop"] | None
 
 
 def sweep(step: Callable[..., Any], tiles: TileRange, carry: Any) -> Any:
-    """Runs `carry = step(tile, carry, masked=...)` over a range: masked, then unmasked, then masked again."""
+    """Runs `carry = step(tile, carry, masked=...)` over a range: masked by "both" bounds, by None, by "stop"."""
     carry = lax.fori_loop(tiles.start, tiles.full_start, functools.partial(step, masked="both"), carry)
     carry = lax.fori_loop(tiles.full_start, tiles.full_stop, functools.partial(step, masked=None), carry)
     return lax.fori_loop(tiles.full_stop, tiles.stop, functools.partial(step, masked="stop"), carry)

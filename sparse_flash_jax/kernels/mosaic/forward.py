@@ -8,6 +8,8 @@ With overlap, product 2 of one step runs while the next step's product 1 waits f
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,26 +27,9 @@ from sparse_flash_jax.kernels.mosaic.launch import (
     ready_barriers,
     row_buffers,
 )
-from sparse_flash_jax.kernels.mosaic.program import (
-    BY_ROW,
-    LAYOUT,
-    WARPGROUP_ROWS,
-    Program,
-    Shapes,
-    Stream,
-    Turns,
-    accumulate,
-    afresh,
-    after_first,
-    compute_tiles,
-    hide,
-    load_keys,
-    multiply,
-    pass_keys,
-    product,
-    split_roles,
-    spread_rows,
-)
+from sparse_flash_jax.kernels.mosaic.pipeline import Stream, Turns, compute_tiles, load_keys, pass_keys, split_roles
+from sparse_flash_jax.kernels.mosaic.products import BY_ROW, LAYOUT, afresh, hide, multiply, product, spread_rows
+from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Program, Shapes, after_first
 from sparse_flash_jax.kernels.tiles import FLOOR, LOG2E, LOWEST, Runs, sweep
 
 
@@ -117,7 +102,7 @@ def _kernel(
         def add_values(acc, p, j):
             plgpu.barrier_wait(v_ready.at[slot(j)])
             if stage is None:
-                acc = accumulate(lambda ref: plgpu.wgmma(ref, p, v_ring.at[slot(j)]), acc)
+                acc = _accumulate(lambda ref: plgpu.wgmma(ref, p, v_ring.at[slot(j)]), acc)
             else:
 
                 def scoped(ref):
@@ -163,7 +148,7 @@ def _kernel(
                     pl.run_scoped(scoped, product(tile))
 
                 old = p
-                acc, p, top, total, keep = accumulate(both, acc, p, top, total, top)
+                acc, p, top, total, keep = _accumulate(both, acc, p, top, total, top)
                 # The compiler takes the old p for dead once its product is issued, and would write the new one over it.
                 _, p = lax.optimization_barrier((old, p))
             plgpu.barrier_arrive(v_free.at[slot(j - 1)])
@@ -205,6 +190,13 @@ def _kernel(
     split_roles(block, computing, lambda: load_keys(program, k_start, k_stop, streams))
 
 
+def _accumulate(issue: Callable[..., None], acc: Array, *others: Array) -> Any:
+    """Runs issue(accumulator, *refs) on an accumulator that starts from `acc`, and refs of the others; returns all."""
+    if not others:
+        return pl.run_state(issue)(plgpu.WGMMAAccumulatorRef.init(acc))
+    return pl.run_state(lambda refs: issue(*refs))((plgpu.WGMMAAccumulatorRef.init(acc), *others))
+
+
 def forward(
     q: Float[Array, "B N T H"],
     k: Float[Array, "B K S H"],
@@ -216,6 +208,8 @@ def forward(
 ) -> tuple[Float[Array, "B N T H"], Float32[Array, "B N T"]]:
     """Returns o in q's dtype, and lse with -inf where a row sees nothing."""
     block, head_dim = config.forward, padded_head_dim(q.shape[3])
+    if block.overlap and block.num_stages < 2:
+        raise ValueError(f"with overlap two tiles of keys are in use, so num_stages must be at least 2, got {block}.")
     held = row_buffers(block)
     ready, free = ready_barriers(block), free_barriers(block)
     ring = buffers(block.num_stages, block.columns, head_dim, q.dtype)

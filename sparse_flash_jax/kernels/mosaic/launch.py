@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
 from sparse_flash_jax.kernels.config import Config, HopperBlocks
+from sparse_flash_jax.kernels.mosaic.pipeline import MAX_REGISTERS
 from sparse_flash_jax.kernels.mosaic.program import HELD_TILES, WARPGROUP_ROWS, Shapes
 from sparse_flash_jax.kernels.padding import pad, pad_bounds, padded_shape
 from sparse_flash_jax.manual_axes import vary_alike
@@ -56,7 +57,12 @@ def launch(
         last_first: whether programs start from the last tile of rows.
         config: which says whether to interpret.
         name: of the kernel, as profilers show it.
+
+    Raises:
+        ValueError: if there are no such tiles.
     """
+    if block.warpgroups not in MAX_REGISTERS or block.columns % 64:
+        raise ValueError(f"tiles of the Hopper kernels have 1 to 4 warpgroups and columns in 64s, got {block}.")
     batch, row_heads, length = rows[0].shape[:3]
     heads, key_heads = sorted((row_heads, columns[0].shape[1]), reverse=True)
     shapes = Shapes(

@@ -1,0 +1,154 @@
+"""dq on Hopper: 64 rows of queries for each computing warpgroup, as in program.py.
+
+for each tile of keys:
+    p  = exp2(q k^T - lse), hidden pairs 0
+    ds = p * (do v^T - delta)
+    dq += ds k
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32
+
+from sparse_flash_jax.kernels.config import Config, HopperBlocks
+from sparse_flash_jax.kernels.mosaic.launch import (
+    buffers,
+    free_barriers,
+    launch,
+    padded_head_dim,
+    ready_barriers,
+    row_buffers,
+)
+from sparse_flash_jax.kernels.mosaic.pipeline import Stream, Turns, compute_tiles, load_keys, pass_keys, split_roles
+from sparse_flash_jax.kernels.mosaic.products import BY_ROW, afresh, hide, multiply, product, spread_rows
+from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Program, Shapes
+from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, sweep
+
+
+def _dq_kernel(
+    k_start,
+    k_stop,
+    q,
+    do,
+    lse,
+    delta,
+    k,
+    v,
+    dq,
+    q_tile,
+    do_tile,
+    k_ring,
+    v_ring,
+    rows_ready,
+    k_ready,
+    v_ready,
+    k_free,
+    v_free,
+    turn,
+    stage=None,
+    *,
+    scale: float,
+    shapes: Shapes,
+):
+    program, block = Program(shapes), shapes.block
+    b, n = program.batch, program.head
+    dtype = q.dtype
+    tile = (WARPGROUP_ROWS, block.columns)
+    stage = None if stage is None else stage.at[program.warpgroup]
+    streams = Stream(k, k_ring, k_ready, k_free), Stream(v, v_ring, v_ready, v_free)
+
+    def fetch(r):
+        own, rows = program.own(r), program.rows(r)
+        plgpu.copy_gmem_to_smem(q.at[b, n, rows], q_tile.at[own], rows_ready.at[own])
+        plgpu.copy_gmem_to_smem(do.at[b, n, rows], do_tile.at[own], rows_ready.at[own])
+
+    def look(r):
+        rows = program.rows(r)
+        bounds = (ref.at[*program.bounds(k_start, 0), rows] for ref in (k_start, k_stop))
+        refs = (*bounds, lse.at[b, n, rows], delta.at[b, n, rows])
+        return program.visit(r, k_start, k_stop), *(plgpu.load(ref, layout=BY_ROW, optimized=False) for ref in refs)
+
+    def compute(turns, r, seen, taken):
+        visit, start, stop, lse_row, delta_row = seen
+        rows, own = program.rows(r), program.own(r)
+        slot = lambda j: afresh(program.slot(taken + j - visit.start))
+        plgpu.barrier_wait(rows_ready.at[own])
+
+        def step(acc, j, carry, *, masked):
+            here = afresh(own)
+
+            def gradient(s_ref, dp_ref):
+                """ds."""
+                plgpu.barrier_wait(k_ready.at[slot(j)])
+                turns.take()
+                multiply(s_ref, q_tile.at[here], k_ring.at[slot(j)], stage, transposed=True)
+                plgpu.barrier_wait(v_ready.at[slot(j)])
+                multiply(dp_ref, do_tile.at[here], v_ring.at[slot(j)], stage, transposed=True)
+                turns.give()
+                s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+                s = s * (scale * LOG2E) - spread_rows(lse_row, tile)
+                p = jnp.exp2(hide(s, LOWEST, start, stop, j * block.columns, masked))
+                dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=0)
+                plgpu.barrier_arrive(v_free.at[slot(j)])
+                return (p * (dp - spread_rows(delta_row, tile))).astype(dtype)
+
+            ds = pl.run_scoped(gradient, product(tile), product(tile))
+            multiply(acc, ds, k_ring.at[slot(j)], stage)
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(k_free.at[slot(j)])
+            return carry
+
+        def accumulate(acc):
+            compute_own = lambda tiles: sweep(functools.partial(step, acc), tiles, jnp.int32(0))
+            visit.run(compute_own, lambda j: pass_keys(turns, streams, slot(j)))
+            return acc[...]
+
+        acc = pl.run_scoped(accumulate, product((WARPGROUP_ROWS, q.shape[3])))
+        q_tile[own] = (acc * scale).astype(dtype)
+        program.store(r, (q_tile.at[own], dq.at[b, n, rows]))
+        return taken + visit.stop - visit.start
+
+    def computing():
+        turns = Turns(program, turn)
+        compute_tiles(program, fetch, look, functools.partial(compute, turns), outputs=1)
+        turns.close()
+
+    split_roles(block, computing, lambda: load_keys(program, k_start, k_stop, streams))
+
+
+def backward_dq(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    runs: Runs,
+    lse: Float32[Array, "B N T"],
+    do: Float[Array, "B N T H"],
+    delta: Float32[Array, "B N T"],
+    *,
+    scale: float,
+    config: Config[HopperBlocks],
+) -> Float[Array, "B N T H"]:
+    """Returns dq in q's dtype; `delta` is sum(o * do) less the cotangent of lse."""
+    block, head_dim = config.dq, padded_head_dim(q.shape[3])
+    held = row_buffers(block)
+    ready, free = ready_barriers(block), free_barriers(block)
+    own = buffers(held, WARPGROUP_ROWS, head_dim, q.dtype)
+    ring = buffers(block.num_stages, block.columns, head_dim, q.dtype)
+    turn = plgpu.Barrier(num_barriers=block.warpgroups)
+    (dq,) = launch(
+        _dq_kernel,
+        (runs.k_start, runs.k_stop),
+        (q, do, lse * LOG2E, delta),
+        (k, v),
+        (q,),
+        (own, own, ring, ring, plgpu.Barrier(num_arrivals=2, num_barriers=held), ready, ready, free, free, turn),
+        scale=scale,
+        block=block,
+        last_first=True,
+        config=config,
+        name="interval_attention_dq",
+    )
+    return dq

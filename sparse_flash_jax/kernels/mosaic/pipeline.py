@@ -1,0 +1,187 @@
+"""How a Hopper program runs: warpgroups that compute, one that loads, and the barriers between them.
+
+The rows' own operands come to shared memory once a tile; columns stream past them through a ring of buffers, which the
+loading warpgroup fills as the others free them.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparse_flash_jax.kernels.config import HopperBlocks
+from sparse_flash_jax.kernels.mosaic.program import Program
+from sparse_flash_jax.kernels.tiles import TileRange
+
+MAX_REGISTERS = {1: None, 2: (240, 24), 3: (160, 32), 4: (112, 32)}
+"""Of a thread that computes and of one that loads, by how many warpgroups compute; None leaves it to the compiler."""
+
+
+class Feed(NamedTuple):
+    """Columns of one operand, or of several that are used together, on their way through a ring."""
+
+    free: Any
+    """Barriers, one a buffer: every computing warpgroup has read it."""
+    load: Callable[[Any, Any, Any], None]
+    """(member, tile of columns, buffer): starts the copies."""
+
+
+def load_columns(program: Program, ranges: Callable[[Any, Any], TileRange], feeds: Sequence[Feed]) -> None:
+    """Loads all columns that the program's tiles visit, in their order, as buffers come free."""
+    stages = jnp.int32(program.block.num_stages)
+
+    def of_member(r: Any, member: Any, n: Any) -> Any:
+        visited = ranges(r, member)
+
+        @pl.loop(0, visited.stop - visited.start)
+        def _(step):
+            for feed in feeds:
+
+                @pl.when(n + step >= stages)
+                def _(feed=feed):
+                    plgpu.barrier_wait(feed.free.at[program.slot(n + step)])
+
+                feed.load(member, visited.start + step, program.slot(n + step))
+
+        return n + visited.stop - visited.start
+
+    def of_tile(r: Any, n: Any) -> Any:
+        return over_members(program.shapes.members, functools.partial(of_member, r), n)
+
+    taken = program.walk(of_tile)
+
+    # Barriers must be as often waited for as completed.
+    @pl.loop(lax.max(jnp.int32(0), taken - stages), taken)
+    def _(n):
+        for feed in feeds:
+            plgpu.barrier_wait(feed.free.at[program.slot(n)])
+
+
+class Stream(NamedTuple):
+    """Keys or values on their way through a ring of their own."""
+
+    source: Any
+    ring: Any
+    ready: Any
+    free: Any
+
+
+def load_keys(program: Program, k_start: Any, k_stop: Any, streams: Sequence[Stream]) -> None:
+    """Loads the tiles of keys and of values that the program's queries see."""
+    head = lax.div(program.head, jnp.int32(program.shapes.group))
+
+    def feed(stream: Stream) -> Feed:
+        def load(member: Any, j: Any, buffer: Any) -> None:
+            columns = pl.ds(j * program.block.columns, program.block.columns)
+            source = stream.source.at[program.batch, head, columns]
+            plgpu.copy_gmem_to_smem(source, stream.ring.at[buffer], stream.ready.at[buffer])
+
+        return Feed(stream.free, load)
+
+    load_columns(program, lambda r, member: program.columns(r, k_start, k_stop), [feed(x) for x in streams])
+
+
+class Turns:
+    """Warpgroups issue their products in turn, so that the softmax of one runs under the products of another."""
+
+    def __init__(self, program: Program, barriers: Any):
+        self._taken = program.block.turns and program.block.warpgroups > 1
+        self._count, self._mine, self._barriers = program.block.warpgroups, program.warpgroup, barriers
+        if self._taken:
+
+            @pl.when(self._mine == self._count - 1)
+            def _():
+                self.give()
+
+    def take(self) -> None:
+        """Waits for this warpgroup's turn."""
+        if self._taken:
+            plgpu.barrier_wait(self._barriers.at[self._mine])
+
+    def give(self) -> None:
+        """Passes the turn on."""
+        if self._taken:
+            plgpu.barrier_arrive(self._barriers.at[lax.rem(self._mine + 1, jnp.int32(self._count))])
+
+    def close(self) -> None:
+        """Takes the turn that the last warpgroup has given in vain."""
+        if self._taken:
+
+            @pl.when(self._mine == 0)
+            def _():
+                self.take()
+
+
+def pass_keys(turns: Turns, streams: Sequence[Stream], buffer: Any) -> None:
+    """Lets a tile of keys and values go by, in this warpgroup's turn."""
+    turns.take()
+    turns.give()
+    for stream in streams:
+        plgpu.barrier_wait(stream.ready.at[buffer])
+        plgpu.barrier_arrive(stream.free.at[buffer])
+
+
+def over_members(members: int, visit: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """Runs carry = visit(member, carry) over the query heads of a group."""
+    return visit(0, carry) if members == 1 else lax.fori_loop(0, members, visit, jnp.int32(carry))
+
+
+def compute_tiles(
+    program: Program,
+    fetch: Callable[[Any], None],
+    look: Callable[[Any], Any],
+    compute: Callable[[Any, Any, Any], Any],
+    outputs: int,
+) -> None:
+    """Runs n = compute(r, look(r), n) over the program's tiles, n the steps taken before.
+
+    The next tile's rows are on their way meanwhile, by `fetch(r)`, and so is what `look` reads.
+
+    Args:
+        program: whose tiles.
+        fetch: starts to copy the rows of a tile.
+        look: reads what a tile needs in registers.
+        compute: starts to copy `outputs` outputs back.
+        outputs: how many.
+    """
+    fetch(0)
+
+    def tile(r: Any, carry: Any) -> Any:
+        n, seen = carry
+        # The next rows' buffers held the outputs of the tile before the last. (What `store` leaves out belongs to the
+        # first or last tile of a program, so that this counts right in between.)
+        plgpu.wait_smem_to_gmem(outputs, wait_read_only=True)
+
+        @pl.when(r + 1 < program.count)
+        def _():
+            fetch(r + 1)
+
+        ahead = look(lax.min(r + 1, program.count - 1))
+        return compute(r, seen, n), ahead
+
+    if program.block.tiles == 1:
+        compute(0, look(0), 0)
+    else:
+        lax.fori_loop(0, program.count, tile, (jnp.int32(0), look(0)))
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def split_roles(block: HopperBlocks, compute: Callable[[], None], load: Callable[[], None]) -> None:
+    """Runs `load` on the last warpgroup and `compute` on the others, with registers to suit."""
+    warpgroup, registers = lax.axis_index("warpgroup"), MAX_REGISTERS[block.warpgroups]
+
+    @pl.when(warpgroup < block.warpgroups)
+    def _():
+        if registers:
+            plgpu.set_max_registers(registers[0], action="increase")
+        compute()
+
+    @pl.when(warpgroup == block.warpgroups)
+    def _():
+        if registers:
+            plgpu.set_max_registers(registers[1], action="decrease")
+        load()

@@ -1,0 +1,70 @@
+"""Blocks of scores in a warpgroup's registers: their layout, their products, and what hides pairs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from sparse_flash_jax.kernels.mosaic.program import NARROW
+from sparse_flash_jax.kernels.tiles import Masked
+
+LAYOUT = plgpu.Layout.WGMMA
+BY_ROW, BY_COLUMN = LAYOUT.reduce(1), LAYOUT.reduce(0)
+
+
+def afresh(buffer: Any) -> Any:
+    """Returns a buffer's number as one that changes in a loop.
+
+    The compiler makes addresses of what stays ahead of the loop, one for each step of a product, and keeps them in
+    registers that sums need: up to 1 KiB a thread was spilled for them.
+    """
+    return lax.optimization_barrier(buffer)
+
+
+def spread_rows(x: Array, shape: Sequence[int]) -> Array:
+    """Returns [rows] as [rows, columns]."""
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def spread_columns(x: Array, shape: Sequence[int]) -> Array:
+    """Returns [columns] as [rows, columns]."""
+    return lax.broadcast_in_dim(x, shape, [1])
+
+
+def hide(x: Array, fill: float, start: Array, stop: Array, first: Any, masked: Masked) -> Array:
+    """Returns a block of columns from `first` on, with `fill` where the row does not see the column."""
+    if masked is None:
+        return x
+    column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=LAYOUT)
+    if masked == "stop" or x.shape[1] > NARROW:
+        x = jnp.where(column < spread_rows(stop - first, x.shape), x, fill)
+        return x if masked == "stop" else jnp.where(column >= spread_rows(start - first, x.shape), x, fill)
+    # One comparison for both bounds, which takes more registers: columns before the start wrap round to large ones.
+    since = (column - spread_rows(start - first, x.shape)).astype(jnp.uint32)
+    return jnp.where(since < spread_rows((stop - start).astype(jnp.uint32), x.shape), x, fill)
+
+
+def multiply(acc: Any, a: Any, b: Any, stage: Any, *, transposed: bool = False) -> None:
+    """Issues acc += a @ b, or a @ b.T, with a in registers or in shared memory.
+
+    The interpreter cannot take a from registers, and looks for races among loads, not among the reads of a product:
+    for it there is `stage`, shared memory that a goes through, and the operands are loaded besides. As loads are not
+    ordered with copies that later overwrite what they read, and products are, a fence follows.
+    """
+    if stage is not None:
+        if isinstance(a, Array):
+            stage[...] = a
+            plgpu.commit_smem()
+            a = stage
+        for operand in (a, b):
+            plgpu.load(operand, layout=LAYOUT)
+        plgpu.commit_smem()
+    plgpu.wgmma(acc, a, b.T if transposed else b)
+
+
+def product(shape: tuple[int, int]) -> Any:
+    """Returns an accumulator of a product, in registers."""
+    return plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
