@@ -82,4 +82,5 @@ def _git(*args: str) -> str:
 def _command() -> str:
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
-    return shlex.join(["python", str(name), *sys.argv[1:]])
+    arguments = (Path(x).name if os.path.isabs(x) else x for x in sys.argv[1:])  # folders say nothing elsewhere
+    return shlex.join(["python", str(name), *arguments])
