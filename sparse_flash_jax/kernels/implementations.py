@@ -46,8 +46,8 @@ def check_implementation(implementation: str | None, dtype: Any, head_dim: int, 
         raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}.")
     if implementation is None:
         return
-    if not _fits(config, implementation):
-        got, expected = type(getattr(config, "forward", None)).__name__, _blocks_of(implementation).__name__
+    if config is not None and not _fits(config, implementation):
+        got, expected = type(config.forward).__name__, _blocks_of(implementation).__name__
         raise ValueError(f"implementation={implementation!r} takes a config of {expected}, got {got}.")
     lacks = _what_lacks(implementation, dtype, head_dim, interpret=config is not None and config.interpret)
     if lacks:

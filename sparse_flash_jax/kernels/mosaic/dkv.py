@@ -23,13 +23,13 @@ from sparse_flash_jax.kernels.mosaic.launch import (
     ready_barriers,
     row_buffers,
 )
-from sparse_flash_jax.kernels.mosaic.pipeline import Feed, Turns, compute_tiles, load_columns, over_members, split_roles
+from sparse_flash_jax.kernels.mosaic.pipeline import Feed, compute_tiles, load_columns, over_members, split_roles
 from sparse_flash_jax.kernels.mosaic.products import (
     BY_COLUMN,
-    BY_ROW,
     LAYOUT,
     afresh,
     hide,
+    load_rows,
     multiply,
     product,
     spread_columns,
@@ -73,8 +73,7 @@ def _dkv_kernel(
 
     def look(r, member):
         seen = (*program.bounds(q_start, member), program.rows(r))
-        bounds = (plgpu.load(ref.at[*seen], layout=BY_ROW, optimized=False) for ref in (q_start, q_stop))
-        return program.visit(r, q_start, q_stop, member), *bounds
+        return program.visit(r, q_start, q_stop, member), *(load_rows(ref.at[*seen]) for ref in (q_start, q_stop))
 
     def compute(turns, r, ahead, taken):
         rows, own = program.rows(r), program.own(r)
@@ -170,12 +169,8 @@ def _dkv_kernel(
 
         load_columns(program, lambda r, member: program.columns(r, q_start, q_stop, member), [Feed(free, load)])
 
-    def computing():
-        turns = Turns(program, turn)
-        look_ahead = lambda r: look(r, 0) if shapes.members == 1 else None
-        compute_tiles(program, fetch, look_ahead, functools.partial(compute, turns), outputs=len(parts))
-        turns.close()
-
+    look_ahead = lambda r: look(r, 0) if shapes.members == 1 else None
+    computing = lambda: compute_tiles(program, turn, fetch, look_ahead, compute, outputs=len(parts))
     split_roles(block, computing, loading)
 
 

@@ -22,8 +22,8 @@ from sparse_flash_jax.kernels.mosaic.launch import (
     ready_barriers,
     row_buffers,
 )
-from sparse_flash_jax.kernels.mosaic.pipeline import Stream, Turns, compute_tiles, load_keys, pass_keys, split_roles
-from sparse_flash_jax.kernels.mosaic.products import BY_ROW, afresh, hide, multiply, product, spread_rows
+from sparse_flash_jax.kernels.mosaic.pipeline import Stream, compute_tiles, load_keys, pass_keys, split_roles
+from sparse_flash_jax.kernels.mosaic.products import afresh, hide, load_rows, multiply, product, spread_rows
 from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Program, Shapes
 from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, sweep
 
@@ -69,7 +69,7 @@ def _dq_kernel(
         rows = program.rows(r)
         bounds = (ref.at[*program.bounds(k_start, 0), rows] for ref in (k_start, k_stop))
         refs = (*bounds, lse.at[b, n, rows], delta.at[b, n, rows])
-        return program.visit(r, k_start, k_stop), *(plgpu.load(ref, layout=BY_ROW, optimized=False) for ref in refs)
+        return program.visit(r, k_start, k_stop), *map(load_rows, refs)
 
     def compute(turns, r, seen, taken):
         visit, start, stop, lse_row, delta_row = seen
@@ -111,12 +111,11 @@ def _dq_kernel(
         program.store(r, (q_tile.at[own], dq.at[b, n, rows]))
         return taken + visit.stop - visit.start
 
-    def computing():
-        turns = Turns(program, turn)
-        compute_tiles(program, fetch, look, functools.partial(compute, turns), outputs=1)
-        turns.close()
-
-    split_roles(block, computing, lambda: load_keys(program, k_start, k_stop, streams))
+    split_roles(
+        block,
+        lambda: compute_tiles(program, turn, fetch, look, compute, outputs=1),
+        lambda: load_keys(program, k_start, k_stop, streams),
+    )
 
 
 def backward_dq(

@@ -7,7 +7,6 @@
 With overlap, product 2 of one step runs while the next step's product 1 waits for its softmax.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,8 +26,17 @@ from sparse_flash_jax.kernels.mosaic.launch import (
     ready_barriers,
     row_buffers,
 )
-from sparse_flash_jax.kernels.mosaic.pipeline import Stream, Turns, compute_tiles, load_keys, pass_keys, split_roles
-from sparse_flash_jax.kernels.mosaic.products import BY_ROW, LAYOUT, afresh, hide, multiply, product, spread_rows
+from sparse_flash_jax.kernels.mosaic.pipeline import Stream, compute_tiles, load_keys, pass_keys, split_roles
+from sparse_flash_jax.kernels.mosaic.products import (
+    BY_ROW,
+    LAYOUT,
+    afresh,
+    hide,
+    load_rows,
+    multiply,
+    product,
+    spread_rows,
+)
 from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Program, Shapes, after_first
 from sparse_flash_jax.kernels.tiles import FLOOR, LOG2E, LOWEST, Runs, sweep
 
@@ -72,16 +80,13 @@ def _kernel(
 
     def look(r):
         seen = (*program.bounds(k_start, 0), program.rows(r))
-        bounds = (plgpu.load(ref.at[*seen], layout=BY_ROW, optimized=False) for ref in (k_start, k_stop))
-        return program.visit(r, k_start, k_stop), *bounds
+        return program.visit(r, k_start, k_stop), *(load_rows(ref.at[*seen]) for ref in (k_start, k_stop))
 
     def compute(turns, r, seen, taken):
         visit, start, stop = seen
         rows, own = program.rows(r), program.own(r)
         slot = lambda j: afresh(program.slot(taken + j - visit.start))
         plgpu.barrier_wait(q_ready.at[own])
-
-        pass_by = lambda j: pass_keys(turns, streams, slot(j))
 
         def softmax(s, top, total, j, masked):
             s = hide(s if late else s * factor, LOWEST / left, start, stop, j * block.columns, masked)
@@ -174,7 +179,8 @@ def _kernel(
             plgpu.barrier_arrive(v_free.at[slot(last)])
             return o, top, total
 
-        acc, top, total = visit.run(in_overlap if block.overlap else one_after_another, pass_by)
+        compute_own = in_overlap if block.overlap else one_after_another
+        acc, top, total = visit.run(compute_own, lambda j: pass_keys(turns, streams, slot(j)))
         some = total > 0.0
         total = jnp.where(some, total, 1.0)
         q_tile[own] = (acc * spread_rows(1.0 / total, acc.shape)).astype(dtype)
@@ -182,12 +188,11 @@ def _kernel(
         program.store(r, (q_tile.at[own], o.at[b, n, rows]), (lse_tile.at[own], lse.at[b, n, rows]))
         return taken + visit.stop - visit.start
 
-    def computing():
-        turns = Turns(program, turn)
-        compute_tiles(program, fetch, look, functools.partial(compute, turns), outputs=2)
-        turns.close()
-
-    split_roles(block, computing, lambda: load_keys(program, k_start, k_stop, streams))
+    split_roles(
+        block,
+        lambda: compute_tiles(program, turn, fetch, look, compute, outputs=2),
+        lambda: load_keys(program, k_start, k_stop, streams),
+    )
 
 
 def _accumulate(issue: Callable[..., None], acc: Array, *others: Array) -> Any:

@@ -132,22 +132,25 @@ def over_members(members: int, visit: Callable[[Any, Any], Any], carry: Any) -> 
 
 def compute_tiles(
     program: Program,
+    turn: Any,
     fetch: Callable[[Any], None],
     look: Callable[[Any], Any],
-    compute: Callable[[Any, Any, Any], Any],
+    compute: Callable[[Turns, Any, Any, Any], Any],
     outputs: int,
 ) -> None:
-    """Runs n = compute(r, look(r), n) over the program's tiles, n the steps taken before.
+    """Runs n = compute(turns, r, look(r), n) over the program's tiles, n the steps taken before.
 
     The next tile's rows are on their way meanwhile, by `fetch(r)`, and so is what `look` reads.
 
     Args:
         program: whose tiles.
+        turn: barriers of the warpgroups' turns.
         fetch: starts to copy the rows of a tile.
         look: reads what a tile needs in registers.
         compute: starts to copy `outputs` outputs back.
         outputs: how many.
     """
+    turns = Turns(program, turn)
     fetch(0)
 
     def tile(r: Any, carry: Any) -> Any:
@@ -161,13 +164,14 @@ def compute_tiles(
             fetch(r + 1)
 
         ahead = look(lax.min(r + 1, program.count - 1))
-        return compute(r, seen, n), ahead
+        return compute(turns, r, seen, n), ahead
 
     if program.block.tiles == 1:
-        compute(0, look(0), 0)
+        compute(turns, 0, look(0), 0)
     else:
         lax.fori_loop(0, program.count, tile, (jnp.int32(0), look(0)))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    turns.close()
 
 
 def split_roles(block: HopperBlocks, compute: Callable[[], None], load: Callable[[], None]) -> None:

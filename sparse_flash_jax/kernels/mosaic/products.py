@@ -24,6 +24,11 @@ def afresh(buffer: Any) -> Any:
     return lax.optimization_barrier(buffer)
 
 
+def load_rows(ref: Any) -> Array:
+    """Returns [rows] of an array in global memory, each thread with the value of its rows."""
+    return plgpu.load(ref, layout=BY_ROW, optimized=False)
+
+
 def spread_rows(x: Array, shape: Sequence[int]) -> Array:
     """Returns [rows] as [rows, columns]."""
     return lax.broadcast_in_dim(x, shape, [0])
