@@ -63,7 +63,7 @@ def compile_all(kernels, kind, dtype, head_dim, config):
     topology = topologies.get_topology_desc("", platform="cuda", target_config=target(kind), topology="1x1x1")
     place = SingleDeviceSharding(topology.devices[0])
     runs = Runs(*jax.eval_shape(lambda: [jnp.zeros((1, 4, 1024), jnp.int32)] * 4))
-    for kernel, operands in passes(kernels, dtype, head_dim, runs, length=1024):
+    for kernel, operands in passes(kernels, dtype, head_dim, runs, length=1024, fused=config.fused):
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), operands)
         function = jax.jit(functools.partial(kernel, scale=0.1, config=config))
         try:

@@ -22,13 +22,10 @@ def lowered(function, *operands):
     return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def passes(kernels, dtype, head_dim, runs, length=300):
-    """The three passes of an implementation with their operands' shapes: four query heads, two key heads."""
+def passes(kernels, dtype, head_dim, runs, length=300, *, fused=False):
+    """The passes of an implementation with their operands' shapes: four query heads, two key heads."""
     q, k = (jax.ShapeDtypeStruct((1, heads, length, head_dim), dtype) for heads in (4, 2))
     row = jax.ShapeDtypeStruct((1, 4, length), "float32")
     gradients = (q, k, k, runs, row, q, row)
-    return (
-        (kernels.forward, (q, k, k, runs)),
-        (kernels.backward_dq, gradients),
-        (kernels.backward_dkv, gradients),
-    )
+    backward = (kernels.backward,) if fused else (kernels.backward_dq, kernels.backward_dkv)
+    return (kernels.forward, (q, k, k, runs)), *((kernel, gradients) for kernel in backward)

@@ -29,6 +29,13 @@ CONFIGS = {
         HopperBlocks(2, 64, 3, turns=True, rows_in_registers=True, tiles=2),
         interpret=True,
     ),
+    "fused": Config(
+        HopperBlocks(1, 64, 2),
+        HopperBlocks(1, 64, 2),
+        HopperBlocks(2, 64, 2, rows_in_registers=True),
+        fused=True,
+        interpret=True,
+    ),
     "past_the_end": Config(
         HopperBlocks(1, 128, 2, tiles=2), HopperBlocks(1, 128, 1, tiles=4), HopperBlocks(2, 64, 3), interpret=True
     ),
@@ -39,6 +46,9 @@ class TestInterpreted(IntervalContract):
     implementation = "mosaic"
     configs = CONFIGS
     dtypes = ("bfloat16", "float16")
+
+    def test_every_kind_of_run_with_dq_summed_by_dkv(self):
+        self.test_every_kind_of_run("fused")
 
 
 @pytest.fixture(autouse=True)
@@ -84,13 +94,15 @@ def test_row_buffers_are_used_again():
         (HopperBlocks(5, 64, 2), "1 to 4 warpgroups"),
         (HopperBlocks(2, 96, 2), "columns in 64s"),
         (HopperBlocks(2, 64, 1, overlap=True), "num_stages must be at least 2"),
+        (HopperBlocks(1, 64, 2), "takes two warpgroups"),
     ],
 )
 def test_tiles_that_there_are_not(block, said):
     q = jnp.ones((1, 64, 1, 16), jnp.bfloat16)
-    config = Config(block, block, block, interpret=True)
+    config = Config(block, block, block, fused=True, interpret=True)
+    attention = lambda q: sfj.sparse_attention(q, q, q, sfj.causal(64), implementation="mosaic", config=config).sum()
     with pytest.raises(ValueError, match=said):
-        sfj.sparse_attention(q, q, q, sfj.causal(64), implementation="mosaic", config=config)
+        jax.eval_shape(jax.grad(attention), q)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -99,7 +111,7 @@ def test_tiles_that_there_are_not(block, said):
 def test_kernels_lower_for_cuda(dtype, head_dim, long_runs):
     runs = jax.eval_shape(lambda: sfj.causal(300)).runs
     config = mosaic_config(head_dim, long_runs=long_runs)
-    for kernel, operands in passes(mosaic, dtype, head_dim, runs):
+    for kernel, operands in passes(mosaic, dtype, head_dim, runs, fused=config.fused):
         assert "mosaic_gpu" in lowered(functools.partial(kernel, scale=0.1, config=config), *operands)
 
 

@@ -51,6 +51,8 @@ class Config[Tile: Blocks | HopperBlocks]:
     dkv: Tile
     tf32: bool = False
     """Whether float32 products on a GPU's tensor cores may round their operands to tf32."""
+    fused: bool = False
+    """Hopper kernels: whether the dK/dV kernel sums dQ too, with the tile of `dkv`."""
     interpret: bool = False
     """Whether GPU kernels run in Pallas' interpreter, on any device and slowly: for tests."""
 
@@ -129,7 +131,8 @@ def mosaic_config(head_dim: int, *, long_runs: bool) -> Config[HopperBlocks]:
         return Config(
             forward=HopperBlocks(warpgroups=3, columns=128, num_stages=2, turns=True),
             dq=HopperBlocks(warpgroups=2, columns=128, num_stages=2),
-            dkv=HopperBlocks(warpgroups=2, columns=128, num_stages=3, turns=True),
+            dkv=HopperBlocks(warpgroups=2, columns=64, num_stages=4, rows_in_registers=True),
+            fused=True,
         )
     return Config(
         forward=HopperBlocks(warpgroups=4, columns=64, num_stages=3, tiles=3),

@@ -49,6 +49,10 @@ def check_implementation(implementation: str | None, dtype: Any, head_dim: int, 
     if config is not None and not _fits(config, implementation):
         got, expected = type(config.forward).__name__, _blocks_of(implementation).__name__
         raise ValueError(f"implementation={implementation!r} takes a config of {expected}, got {got}.")
+    if config is not None and config.fused and implementation != "mosaic":
+        raise ValueError(
+            f"implementation={implementation!r} has no kernel for all gradients, as config.fused asks for."
+        )
     lacks = _what_lacks(implementation, dtype, head_dim, interpret=config is not None and config.interpret)
     if lacks:
         raise NotImplementedError(f"implementation={implementation!r} {lacks}; use implementation='xla', or None.")

@@ -84,9 +84,11 @@ def _backward(scale, implementation, config, residuals, cotangents):
         "bnth,bnth->bnt", o.astype(jnp.float32), do.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
     delta = delta - dlse
-    kernels = kernels_of(implementation)
-    dq = kernels.backward_dq(q, k, v, runs, lse, do, delta, scale=scale, config=config)
-    dk, dv = kernels.backward_dkv(q, k, v, runs, lse, do, delta, scale=scale, config=config)
+    kernels, operands = kernels_of(implementation), (q, k, v, runs, lse, do, delta)
+    if config.fused:
+        return *kernels.backward(*operands, scale=scale, config=config), None
+    dq = kernels.backward_dq(*operands, scale=scale, config=config)
+    dk, dv = kernels.backward_dkv(*operands, scale=scale, config=config)
     return dq, dk, dv, None
 
 

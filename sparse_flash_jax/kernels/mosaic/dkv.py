@@ -7,7 +7,9 @@ for each query head of the group, for each tile of its queries:
 """
 
 import functools
+import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -15,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from sparse_flash_jax.kernels.config import Config, HopperBlocks
+from sparse_flash_jax.kernels.mosaic.dq_sums import BESIDE, STAGED, Scores, scores_scratch, sum_dq
 from sparse_flash_jax.kernels.mosaic.launch import (
     buffers,
     free_barriers,
@@ -23,7 +26,15 @@ from sparse_flash_jax.kernels.mosaic.launch import (
     ready_barriers,
     row_buffers,
 )
-from sparse_flash_jax.kernels.mosaic.pipeline import Feed, compute_tiles, load_columns, over_members, split_roles
+from sparse_flash_jax.kernels.mosaic.pipeline import (
+    Feed,
+    Role,
+    compute_and_load,
+    compute_tiles,
+    load_columns,
+    over_members,
+    split_roles,
+)
 from sparse_flash_jax.kernels.mosaic.products import (
     BY_COLUMN,
     LAYOUT,
@@ -52,17 +63,22 @@ def _dkv_kernel(
     scale: float,
     shapes: Shapes,
 ):
-    """Computes dk, dv, or both: `parts` is "k", "v" or "kv"."""
+    """Computes dk, dv, both, or dq (in float32, before its scale) with them: `parts` is "k", "v", "kv" or "qkv"."""
     outputs, scratch = refs[: len(parts)], refs[len(parts) :]
     k_tile, v_tile, q_ring, do_ring, lse_ring, delta_ring, *scratch = scratch
     rows_ready, q_ready, do_ready, free, turn, *stage = scratch
+    dq, scores, staged = None, None, None
+    if "q" in parts:
+        (dq, *outputs), parts = outputs, "kv"
+        staged, scores, stage = stage[0], Scores(*stage[1:4]), stage[4:]
     program, block = Program(shapes), shapes.block
     b, head = program.batch, program.head
     dtype = k.dtype
     tile = (WARPGROUP_ROWS, block.columns)
     stage = stage[0].at[program.warpgroup] if stage else None
-    # Beyond head dim 64, 64 columns or two warpgroups p in float32 would not fit the registers until dp is there.
-    short_p = k.shape[3] > 64 or block.columns > NARROW or block.warpgroups > 2
+    # Beyond head dim 64, 64 columns or two warpgroups, or with one more for dq, p in float32 would not fit the
+    # registers until dp is there.
+    short_p = k.shape[3] > 64 or block.columns > NARROW or block.warpgroups > 2 or dq is not None
     in_registers = block.rows_in_registers and stage is None
 
     def fetch(r):
@@ -73,18 +89,24 @@ def _dkv_kernel(
 
     def look(r, member):
         seen = (*program.bounds(q_start, member), program.rows(r))
-        return program.visit(r, q_start, q_stop, member), *(load_rows(ref.at[*seen]) for ref in (q_start, q_stop))
+        visit = program.visit(r, q_start, q_stop, member, together=dq is not None)
+        return visit, *(load_rows(ref.at[*seen]) for ref in (q_start, q_stop))
 
     def compute(turns, r, ahead, taken):
         rows, own = program.rows(r), program.own(r)
         plgpu.barrier_wait(rows_ready.at[own])
-        loaded = (k_tile, v_tile) if "k" in parts else (k_tile,)
-        held = [plgpu.load(x.at[own], layout=LAYOUT) for x in loaded] if in_registers else None
+        loaded = (k_tile, v_tile)
+        if "k" not in parts or (dq is not None and shapes.members > 1):  # v is not used, or has no registers left
+            loaded = (k_tile,)
+        held = [plgpu.load(x.at[own], layout=LAYOUT) for x in loaded] if in_registers else []
+        # Past the last row a warpgroup computes the last rows once more, which would count twice in dq.
+        may_be_past = dq is not None and shapes.length % block.rows
+        absent = jnp.where(program.past_the_end(r), -LOWEST, 0.0) if may_be_past else None
 
         def of_member(sums, member, taken):
             visit, start, stop = look(r, member) if ahead is None else ahead
             slot = lambda j: afresh(program.slot(taken + j - visit.start))
-            load = lambda ring, j: spread_columns(plgpu.load(ring.at[slot(j)], layout=BY_COLUMN), tile)
+            by_column = lambda ring, j: plgpu.load(ring.at[slot(j)], layout=BY_COLUMN)
 
             def issue_scores(j, s_ref):
                 plgpu.barrier_wait(q_ready.at[slot(j)])
@@ -93,13 +115,14 @@ def _dkv_kernel(
                 multiply(s_ref, k_rows, q_ring.at[slot(j)], stage, transposed=True)
 
             def issue_dp(j, dp_ref):
-                v_rows = held[1] if held else v_tile.at[afresh(own)]
+                v_rows = held[1] if len(held) > 1 else v_tile.at[afresh(own)]
                 multiply(dp_ref, v_rows, do_ring.at[slot(j)], stage, transposed=True)
 
             def weights(s_ref, j, masked, behind):
                 """p of a step, `behind` products issued after that of its scores."""
                 s = plgpu.wgmma_accumulator_load(s_ref, wait_n=behind)
-                s = s * (scale * LOG2E) - load(lse_ring, j)
+                lse_row = by_column(lse_ring, j) if absent is None else by_column(lse_ring, j) + absent
+                s = s * (scale * LOG2E) - spread_columns(lse_row, tile)
                 return jnp.exp2(hide(s, LOWEST, start, stop, j * block.columns, masked))
 
             def gradient(p, dp_ref, j, behind):
@@ -107,15 +130,15 @@ def _dkv_kernel(
                 if short_p:
                     p = p.astype(dtype)
                 p, dp = lax.optimization_barrier((p, plgpu.wgmma_accumulator_load(dp_ref, wait_n=behind)))
-                return (p.astype(jnp.float32) * (dp - load(delta_ring, j))).astype(dtype)
+                return (p.astype(jnp.float32) * (dp - spread_columns(by_column(delta_ring, j), tile))).astype(dtype)
 
             def release(j):
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(free.at[slot(j)])
 
             def step(j, carry, *, masked):
-                # The masks of a wide block want the registers of dp.
-                late = bool(masked and block.columns > NARROW)
+                # Masks want the registers of dp if the block is wide, or one more warpgroup sums dq.
+                late = bool(masked and (block.columns > NARROW or dq is not None))
 
                 def scoped(s_ref, dp_ref=None):
                     issue_scores(j, s_ref)
@@ -132,6 +155,8 @@ def _dkv_kernel(
 
                 products = [product(tile)] * (2 if "k" in parts else 1)
                 ds = pl.run_scoped(scoped, *products)
+                if scores:
+                    scores.give(taken + j - visit.start, program.warpgroup, ds)
                 if "k" in parts:
                     multiply(sums["k"], ds, q_ring.at[slot(j)], stage)
                 release(j)
@@ -152,6 +177,8 @@ def _dkv_kernel(
             return over_members(shapes.members, add_member, taken), *(ref[...] for ref in refs)
 
         taken, *sums = pl.run_scoped(accumulate, *[product((WARPGROUP_ROWS, k.shape[3]))] * len(parts))
+        if scores:
+            scores.close(taken)
         buffers_of = {"k": k_tile, "v": k_tile if parts == "v" else v_tile}
         for part, x in zip(parts, sums, strict=True):
             buffers_of[part][own] = (x * scale if part == "k" else x).astype(dtype)
@@ -171,7 +198,10 @@ def _dkv_kernel(
 
     look_ahead = lambda r: look(r, 0) if shapes.members == 1 else None
     computing = lambda: compute_tiles(program, turn, fetch, look_ahead, compute, outputs=len(parts))
-    split_roles(block, computing, loading)
+    if dq is None:
+        return compute_and_load(block, computing, loading)
+    summing = functools.partial(sum_dq, program, q_start, q_stop, k_tile, scores, staged, dq, stage)
+    return split_roles(Role(block.warpgroups, 208, computing), Role(1, 72, summing), Role(1, 24, loading))
 
 
 def backward_dkv(
@@ -194,6 +224,53 @@ def backward_dkv(
     return dk, dv
 
 
+def backward(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    runs: Runs,
+    lse: Float32[Array, "B N T"],
+    do: Float[Array, "B N T H"],
+    delta: Float32[Array, "B N T"],
+    *,
+    scale: float,
+    config: Config[HopperBlocks],
+) -> tuple[Float[Array, "B N T H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    """Returns dq, dk and dv from one kernel, with the tile of `config.dkv`: of two warpgroups and 64 columns.
+
+    Raises:
+        ValueError: if there is no such kernel for the tile or the head dim.
+    """
+    block = config.dkv
+    if (block.warpgroups, block.columns, block.tiles) != (2, 64, 1) or q.shape[3] > 64:
+        raise ValueError(
+            "the kernel for all gradients (config.fused) takes two warpgroups, 64 columns and one tile in `dkv`, and "
+            f"head dims up to 64; got {block} and {q.shape[3]}."
+        )
+
+    @jax.custom_batching.custom_vmap
+    def folded(q, k, v, runs, lse, do, delta):
+        return tuple(_dkv("qkv", q, k, v, runs, lse, do, delta, scale=scale, config=config))
+
+    @folded.def_vmap
+    def _(size, batched, *operands):
+        """The mapped axis joins the batch: counters are those of one launch."""
+        batch = operands[0].shape[int(batched[0])]
+
+        def fold(x, mapped):
+            x = x if mapped else x[None]
+            return jnp.broadcast_to(x, (size, batch, *x.shape[2:])).reshape(size * batch, *x.shape[2:])
+
+        outputs = folded(*jax.tree.map(fold, operands, tuple(batched)))
+        return tuple(x.reshape(size, batch, *x.shape[1:]) for x in outputs), (True, True, True)
+
+    dq, dk, dv = folded(q, k, v, runs, lse, do, delta)
+    # Of queries that see nothing, no program may have been at the sums.
+    sees = (runs.k_stop > runs.k_start)[:, :, None, :, None]
+    by_bounds = dq.reshape(q.shape[0], sees.shape[1], -1, *q.shape[2:])
+    return jnp.where(sees, by_bounds * scale, 0.0).astype(q.dtype).reshape(q.shape), dk, dv
+
+
 def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, config):
     block, head_dim = config.dkv, padded_head_dim(k.shape[3])
     held, both = row_buffers(block), 2 if "k" in parts else 1
@@ -209,16 +286,27 @@ def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, config):
         scratch = (own, own, ring, ring, vector, vector, *barriers)
     else:
         scratch = (own, unused, ring, ring, vector, unused, *barriers)
-    return launch(
+    like, beside = {"k": k, "v": v}, 1
+    if "q" in parts:
+        programs = pl.cdiv(k.shape[2], block.rows) if config.interpret else 1
+        like["q"] = jax.ShapeDtypeStruct((programs * q.shape[0], *q.shape[1:]), jnp.float32)
+        beside = math.gcd(k.shape[1], BESIDE)
+        scratch = (*scratch, buffers(STAGED, WARPGROUP_ROWS, head_dim, jnp.float32), *scores_scratch(block, k.dtype))
+    outputs = launch(
         functools.partial(_dkv_kernel, parts=parts),
         (runs.q_start, runs.q_stop),
         (k, v),
         (q, do, lse * LOG2E, delta),
-        [{"k": k, "v": v}[part] for part in parts],
+        [like[part] for part in parts],
         scratch,
         scale=scale,
         block=block,
-        last_first=False,
+        last_first="q" in parts,
         config=config,
         name="interval_attention_d" + parts,
+        beside=beside,
+        helpers=2 if "q" in parts else 1,
     )
+    if "q" in parts and config.interpret:  # sums of each program by themselves, NaN where it has not been
+        outputs[0] = jnp.nansum(outputs[0].reshape(-1, *q.shape), axis=0)
+    return outputs

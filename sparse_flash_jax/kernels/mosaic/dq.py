@@ -22,7 +22,7 @@ from sparse_flash_jax.kernels.mosaic.launch import (
     ready_barriers,
     row_buffers,
 )
-from sparse_flash_jax.kernels.mosaic.pipeline import Stream, compute_tiles, load_keys, pass_keys, split_roles
+from sparse_flash_jax.kernels.mosaic.pipeline import Stream, compute_and_load, compute_tiles, load_keys, pass_keys
 from sparse_flash_jax.kernels.mosaic.products import afresh, hide, load_rows, multiply, product, spread_rows
 from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Program, Shapes
 from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, sweep
@@ -111,7 +111,7 @@ def _dq_kernel(
         program.store(r, (q_tile.at[own], dq.at[b, n, rows]))
         return taken + visit.stop - visit.start
 
-    split_roles(
+    compute_and_load(
         block,
         lambda: compute_tiles(program, turn, fetch, look, compute, outputs=1),
         lambda: load_keys(program, k_start, k_stop, streams),

@@ -26,7 +26,7 @@ from sparse_flash_jax.kernels.mosaic.launch import (
     ready_barriers,
     row_buffers,
 )
-from sparse_flash_jax.kernels.mosaic.pipeline import Stream, compute_tiles, load_keys, pass_keys, split_roles
+from sparse_flash_jax.kernels.mosaic.pipeline import Stream, compute_and_load, compute_tiles, load_keys, pass_keys
 from sparse_flash_jax.kernels.mosaic.products import (
     BY_ROW,
     LAYOUT,
@@ -188,7 +188,7 @@ def _kernel(
         program.store(r, (q_tile.at[own], o.at[b, n, rows]), (lse_tile.at[own], lse.at[b, n, rows]))
         return taken + visit.stop - visit.start
 
-    split_roles(
+    compute_and_load(
         block,
         lambda: compute_tiles(program, turn, fetch, look, compute, outputs=2),
         lambda: load_keys(program, k_start, k_stop, streams),

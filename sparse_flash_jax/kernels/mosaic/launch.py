@@ -40,6 +40,8 @@ def launch(
     last_first: bool,
     config: Config[HopperBlocks],
     name: str,
+    beside: int = 1,
+    helpers: int = 1,
 ) -> list[Array]:
     """Returns a kernel's outputs, computed tile of rows by tile of rows.
 
@@ -57,6 +59,8 @@ def launch(
         last_first: whether programs start from the last tile of rows.
         config: which says whether to interpret.
         name: of the kernel, as profilers show it.
+        beside: heads whose programs are numbered by turns; a divisor of the rows' heads.
+        helpers: warpgroups besides those that compute.
 
     Raises:
         ValueError: if there are no such tiles.
@@ -73,6 +77,7 @@ def launch(
         group=heads // key_heads,
         members=heads // row_heads,
         last_first=last_first,
+        beside=beside,
     )
     start, stop = (pad_bounds(x, WARPGROUP_ROWS) for x in bounds)
     body = functools.partial(kernel, scale=scale, shapes=shapes)
@@ -87,9 +92,9 @@ def launch(
             jax.ShapeDtypeStruct(padded_shape(x.shape, WARPGROUP_ROWS, padded_head_dim), x.dtype) for x in outputs
         ],
         scratch_types=tuple(scratch),
-        grid=(batch, row_heads, pl.cdiv(shapes.length, block.rows * block.tiles)),
+        grid=(batch, row_heads // beside, pl.cdiv(shapes.length, block.rows * block.tiles) * beside),
         grid_names=("batch", "head", "program"),  # the last is the fastest: neighbours read the same columns
-        num_threads=block.warpgroups + 1,
+        num_threads=block.warpgroups + helpers,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **interpreted,

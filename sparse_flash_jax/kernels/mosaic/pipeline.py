@@ -17,8 +17,11 @@ from sparse_flash_jax.kernels.config import HopperBlocks
 from sparse_flash_jax.kernels.mosaic.program import Program
 from sparse_flash_jax.kernels.tiles import TileRange
 
-MAX_REGISTERS = {1: None, 2: (240, 24), 3: (160, 32), 4: (112, 32)}
+MAX_REGISTERS = {1: (None, None), 2: (240, 24), 3: (160, 32), 4: (112, 32)}
 """Of a thread that computes and of one that loads, by how many warpgroups compute; None leaves it to the compiler."""
+
+REGISTERS = 512
+"""Of one thread of each warpgroup, all together."""
 
 
 class Feed(NamedTuple):
@@ -174,18 +177,31 @@ def compute_tiles(
     turns.close()
 
 
-def split_roles(block: HopperBlocks, compute: Callable[[], None], load: Callable[[], None]) -> None:
+class Role(NamedTuple):
+    """What some warpgroups of a program do."""
+
+    warpgroups: int
+    registers: int | None
+    """Of a thread; None leaves it to the compiler."""
+    run: Callable[[], None]
+
+
+def split_roles(*roles: Role) -> None:
+    """Runs each role on as many warpgroups as it says, in order."""
+    warpgroup, first = lax.axis_index("warpgroup"), 0
+    at_launch = REGISTERS // sum(role.warpgroups for role in roles)
+    for role in roles:
+
+        @pl.when((warpgroup >= first) & (warpgroup < first + role.warpgroups))
+        def _(role=role):
+            if role.registers:
+                plgpu.set_max_registers(role.registers, action="increase" if role.registers > at_launch else "decrease")
+            role.run()
+
+        first += role.warpgroups
+
+
+def compute_and_load(block: HopperBlocks, compute: Callable[[], None], load: Callable[[], None]) -> None:
     """Runs `load` on the last warpgroup and `compute` on the others, with registers to suit."""
-    warpgroup, registers = lax.axis_index("warpgroup"), MAX_REGISTERS[block.warpgroups]
-
-    @pl.when(warpgroup < block.warpgroups)
-    def _():
-        if registers:
-            plgpu.set_max_registers(registers[0], action="increase")
-        compute()
-
-    @pl.when(warpgroup == block.warpgroups)
-    def _():
-        if registers:
-            plgpu.set_max_registers(registers[1], action="decrease")
-        load()
+    computing, loading = MAX_REGISTERS[block.warpgroups]
+    split_roles(Role(block.warpgroups, computing, compute), Role(1, loading, load))

@@ -31,6 +31,8 @@ class Shapes(NamedTuple):
     """Query heads that a program's rows meet: the group for rows of keys, else 1."""
     last_first: bool
     """Whether programs start from the last tile of rows: the longest of a causal head."""
+    beside: int = 1
+    """Heads whose programs are numbered by turns, not one head's after another's."""
 
 
 class Program:
@@ -38,8 +40,10 @@ class Program:
 
     def __init__(self, shapes: Shapes):
         self.shapes, self.block = shapes, shapes.block
-        self.batch, self.head, self.warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
-        self._first = lax.axis_index("program") * self.block.tiles
+        self.batch, self.warpgroup = lax.axis_index("batch"), lax.axis_index("warpgroup")
+        program, beside = lax.axis_index("program"), jnp.int32(shapes.beside)
+        self.head = lax.axis_index("head") * beside + lax.rem(program, beside)
+        self._first = lax.div(program, beside) * self.block.tiles
         self.row_tiles = pl.cdiv(shapes.length, self.block.rows)
         self.count = lax.min(jnp.int32(self.block.tiles), self.row_tiles - self._first)
 
@@ -51,10 +55,14 @@ class Program:
         """Starts to copy (shared memory, array) for each output of the r-th tile, unless it is past the last row."""
         plgpu.commit_smem()
 
-        @pl.when(self._row(r) < self.shapes.length)
+        @pl.when(~self.past_the_end(r))
         def _():
             for source, target in copies:
                 plgpu.copy_smem_to_gmem(source, target)
+
+    def past_the_end(self, r: Any) -> Any:
+        """Returns whether this warpgroup has no rows of its own in the program's r-th tile."""
+        return self._row(r) >= self.shapes.length
 
     def own(self, r: Any) -> Any:
         """Returns the buffer of this warpgroup's rows in the r-th tile, and then of its output."""
@@ -69,14 +77,19 @@ class Program:
 
     def columns(self, r: Any, start: Any, stop: Any, member: Any = 0) -> TileRange:
         """Returns the tiles of columns that the program's r-th tile visits, at least one."""
-        first = self._tile(r) * self.block.rows
+        return self.columns_of(self.tile(r), start, stop, member)
+
+    def columns_of(self, tile: Any, start: Any, stop: Any, member: Any) -> TileRange:
+        """Returns the same for a tile of rows by its number."""
+        first = tile * self.block.rows
         last = lax.min(first + self.block.rows, jnp.int32(self.shapes.length)) - 1
         return self._seen(first, last, start, stop, member)
 
-    def visit(self, r: Any, start: Any, stop: Any, member: Any = 0) -> "Visit":
-        """Returns the same, and those among them that this warpgroup computes with."""
+    def visit(self, r: Any, start: Any, stop: Any, member: Any = 0, *, together: bool = False) -> "Visit":
+        """Returns the same, and those among them that this warpgroup computes with: all if they go `together`."""
         whole = self.columns(r, start, stop, member)
-        if self.block.warpgroups == 1 or self.block.columns > NARROW:  # wide blocks are for runs longer than the tile
+        # Wide blocks are for runs longer than the tile.
+        if together or self.block.warpgroups == 1 or self.block.columns > NARROW:
             return Visit(whole.start, whole.stop, whole)
         first = self.rows(r).start
         own = self._seen(first, first + WARPGROUP_ROWS - 1, start, stop, member)
@@ -107,12 +120,13 @@ class Program:
         """Returns the buffer of the ring that holds the n-th step's columns."""
         return lax.rem(n, jnp.int32(self.block.num_stages))
 
-    def _tile(self, r: Any) -> Any:
+    def tile(self, r: Any) -> Any:
+        """Returns the number of the program's r-th tile of rows."""
         tile = self._first + r
         return self.row_tiles - 1 - tile if self.shapes.last_first else tile
 
     def _row(self, r: Any) -> Any:
-        return self._tile(r) * self.block.rows + self.warpgroup * WARPGROUP_ROWS
+        return self.tile(r) * self.block.rows + self.warpgroup * WARPGROUP_ROWS
 
 
 class Visit(NamedTuple):
