@@ -44,7 +44,7 @@ def main() -> None:
     result = {"environment": environment(), "matmul_tflops": rates, "cases": [], "memory": []}
     with written(result, args.out or (None if args.quick else RESULTS / f"attention-{platform}.json")):
         print(_HEADER)
-        for case, baseline in _with_baselines(measured, platform, samples):
+        for case, baseline in _with_baselines(measured, platform, samples, mha=not args.no_mha):
             result["cases"].append(_record(case, baseline, args.implementation, samples))
             print(_row(result["cases"][-1]), flush=True)
         if platform == "cpu" and sys.platform == "linux" and not args.no_memory:
@@ -62,6 +62,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny lengths, one sample")
     parser.add_argument("--samples", type=int, default=5, help="samples of which the median is taken")
     parser.add_argument("--implementation", help='"mosaic", "triton" or "xla"; default picks for the device')
+    parser.add_argument("--no-mha", action="store_true", help="leave out JAX's Pallas-Triton mha: half a minute a case")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory by length (CPU on Linux only)")
     parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/attention-PLATFORM.json")
     return parser.parse_args()
@@ -74,7 +75,9 @@ def _matmul_rate(dtype: str, platform: str, quick: bool) -> float:
     return 2 * size**3 / measure(call.function, *call.args, samples=5).median / 1e12
 
 
-def _with_baselines(cases: list[Case], platform: str, samples: int) -> Iterator[tuple[Case, dict[str, Timing] | str]]:
+def _with_baselines(
+    cases: list[Case], platform: str, samples: int, *, mha: bool
+) -> Iterator[tuple[Case, dict[str, Timing] | str]]:
     """Times dense attention once for each shape and dtype, and gives it with each case."""
     baselines: dict[tuple, dict[str, Timing] | str] = {}
     for case in cases:
@@ -82,7 +85,7 @@ def _with_baselines(cases: list[Case], platform: str, samples: int) -> Iterator[
         if tensors not in baselines:
             baselines[tensors] = _dense(case, platform, samples)
         baseline = baselines[tensors]
-        if case.pattern.name == "causal" and platform == "gpu" and isinstance(baseline, dict):
+        if mha and case.pattern.name == "causal" and platform == "gpu" and isinstance(baseline, dict):
             baseline = baseline | _mha(case, samples)
         yield case, baseline
 
@@ -157,7 +160,9 @@ def _record(case: Case, dense: dict[str, Timing] | str, implementation: str | No
 def _tiles(case: Case, plan: AttentionPlan, implementation: str | None) -> PlanStats:
     """Counts the tiles of the forward pass."""
     implementation = implementation or pick_implementation(case.dtype, case.shape.H)
-    blocks = default_config(implementation, dtype=case.dtype, head_dim=case.shape.H, runs=plan.runs).forward
+    blocks = default_config(
+        implementation, dtype=case.dtype, head_dim=case.shape.H, runs=plan.runs, long_runs=plan.long_runs
+    ).forward
     return plan.stats(blocks.rows, blocks.columns)
 
 

@@ -49,7 +49,7 @@ def sparse_calls(case: Case, implementation: str | None) -> dict[str, Call]:
     slotted_do = gather(do, planned.query_order, planned.query_slot)
 
     def kernel(runs, q, k, v):
-        return interval_attention(q, k, v, runs, implementation=implementation)[0]
+        return interval_attention(q, k, v, runs, implementation=implementation, long_runs=planned.long_runs)[0]
 
     def permute(plan, q, k, v, o):
         return _gather(plan, q, k, v), restore(o, plan.query_order, plan.query_slot)

@@ -45,8 +45,10 @@ class AttentionPlan(NamedTuple):
     """Queries that were to be kept and did not fit into the capacity."""
     key_overflow: Int32[Array, "B K"]
     """Keys that were to be kept and did not fit into the capacity."""
-    largest_group: Int32[Array, "B K"]
-    """Kept keys in the largest group."""
+    kept_keys: Int32[Array, "B K"]
+    """Keys that are kept."""
+    largest_group: Int32[Array, "B K"] | None
+    """Kept keys in the largest group; None where all tokens are in one."""
 
     @property
     def query_length(self) -> int:
@@ -72,6 +74,11 @@ class AttentionPlan(NamedTuple):
     def key_heads(self) -> int:
         """Heads of the key side: K, or 1 where all heads are alike."""
         return self.key_overflow.shape[1]
+
+    @property
+    def long_runs(self) -> bool:
+        """Whether runs are as long as the rule allows, as nothing divides tokens into groups."""
+        return self.largest_group is None
 
     @property
     def overflow(self) -> Int32[Array, "B N"]:
@@ -128,7 +135,7 @@ class AttentionPlan(NamedTuple):
             causal_pairs=causal_pairs(self.query_length, self.key_length),
             query_length=self.query_length,
             key_length=self.key_length,
-            largest_group=int(np.max(np.asarray(self.largest_group))),
+            largest_group=int(np.max(self.kept_keys if self.largest_group is None else self.largest_group)),
             block_q=block_q,
             block_k=block_k,
         )
@@ -238,7 +245,8 @@ def _plan(query_groups, query_keep, key_groups, key_keep, query_offset, *, lengt
         Runs(k_start, k_stop, q_start, q_stop),
         queries.overflow,
         keys.overflow,
-        largest_group(keys),
+        keys.num_kept,
+        largest_group(keys) if keys.groups else None,
     )
     return jax.tree.map(lambda x: checkpoint_name(x, PLAN_NAME), plan)
 

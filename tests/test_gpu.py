@@ -88,6 +88,20 @@ def test_repeats_bit_by_bit(attend):
                 np.testing.assert_array_equal(x, y, name)
 
 
+def test_long_runs_under_vmap_bit_by_bit():
+    """Programs add to dq in the order of counters, which mapped calls must not share."""
+    case = Case(Shape(B=8, T=700, N=4, K=2, H=64), CAUSAL, "bfloat16")
+    plan, inputs = sfj.causal(700), case.inputs()
+
+    def attend(inputs):
+        return with_gradients(lambda q, k, v: sfj.sparse_attention(q, k, v, plan, return_residual=True), inputs)
+
+    expected = jax.jit(attend)(inputs)
+    got = jax.jit(jax.vmap(attend))(jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[1:]), inputs))
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(x.reshape(y.shape), y)
+
+
 @pytest.mark.parametrize("name", ["causal", "qk50", "hash4_exclude_self", "packed_window5"])
 def test_gradients_by_finite_differences(name):
     case = BY_NAME[f"B2-T63-N4-K2-H32-{name}-f32"]

@@ -146,7 +146,9 @@ def test_tiles_from_a_file(device, monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSE_FLASH_TILES", str(path))
 
     def chosen(head_dim, dtype="bfloat16"):
-        return implementations.default_config("triton", dtype=dtype, head_dim=head_dim, runs=RUNS["narrow"])
+        return implementations.default_config(
+            "triton", dtype=dtype, head_dim=head_dim, runs=RUNS["narrow"], long_runs=False
+        )
 
     assert chosen(48).dq == Blocks(32, 16, 8, 1)
     assert chosen(80).dq == Blocks(64, 16, 8, 1)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
@@ -86,6 +87,19 @@ def test_row_buffers_are_used_again():
     block = HopperBlocks(2, 64, 2, turns=True, tiles=5)
     got = interpreted(inputs, plan, Config(block, block, block, interpret=True))
     assert_within_budget(got, *judges(inputs, plan))
+
+
+def test_dq_summed_by_dkv_under_vmap():
+    """Mapped, the kernel is one launch, whose programs all have counters of their own."""
+    case = Case(Shape(B=2, T=130, N=2, K=1, H=16), Pattern("causal"), "bfloat16")
+    q, k, v, do, _ = (jnp.swapaxes(x, 1, 2) for x in case.inputs())
+    row, runs = jnp.ones(q.shape[:3], jnp.float32), sfj.causal(130).runs
+    gradients = functools.partial(mosaic.backward, scale=0.25, config=CONFIGS["fused"])
+    expected = gradients(q, k, v, runs, row, do, row)
+    mapped = jax.vmap(gradients, in_axes=(0, 0, 0, None, 0, 0, 0))
+    q, k, v, row, do = (x[:, None] for x in (q, k, v, row, do))
+    for x, y in zip(mapped(q, k, v, runs, row, do, row), expected, strict=True):
+        np.testing.assert_array_equal(x[:, 0], y)
 
 
 @pytest.mark.parametrize(

@@ -77,12 +77,10 @@ def kernels_of(implementation: str) -> ModuleType:
     return importlib.import_module(f"sparse_flash_jax.kernels.{implementation}")
 
 
-def default_config(implementation: str, *, dtype: Any, head_dim: int, runs: Runs) -> Config:
-    """Returns the tiles that suit the shapes and the default device."""
+def default_config(implementation: str, *, dtype: Any, head_dim: int, runs: Runs, long_runs: bool = False) -> Config:
+    """Returns the tiles that suit the shapes, the length of the runs and the default device."""
     if implementation == "xla":
         return xla_config(query_slots=runs.k_start.shape[2], key_slots=runs.q_start.shape[2])
-    # One run for all batch entries and heads: most often a plan of no data, causal or a window.
-    long_runs = runs.k_start.shape[:2] == (1, 1)
     tuned = tuned_config(implementation, dtype, head_dim, long_runs=long_runs)
     if tuned is not None:
         return tuned

@@ -34,6 +34,7 @@ def interval_attention(
     scale: float | None = None,
     implementation: str | None = None,
     config: Config | None = None,
+    long_runs: bool = False,
 ) -> tuple[Float[Array, "B N T H"], Float32[Array, "B N T"]]:
     """Returns attention of each query over its run of keys, differentiable in q, k and v, through o and lse.
 
@@ -46,6 +47,7 @@ def interval_attention(
         implementation: "mosaic", "triton" or "xla"; None picks for the device.
         config: tile sizes, `HopperBlocks` for "mosaic" and `Blocks` for the others; None for those that suit the shapes
             and the device. `Config.interpret` runs GPU kernels in Pallas' interpreter, on any device.
+        long_runs: whether runs span many tiles, which decides between tiles.
 
     Returns:
         o [B N T H] in q's dtype, 0 where a run is empty, and lse float32 [B N T], natural log, -inf there.
@@ -57,7 +59,7 @@ def interval_attention(
     check_implementation(implementation, q.dtype, q.shape[-1], config)
     implementation = pick_implementation(q.dtype, q.shape[-1], config) if implementation is None else implementation
     if config is None:
-        config = default_config(implementation, dtype=q.dtype, head_dim=q.shape[-1], runs=runs)
+        config = default_config(implementation, dtype=q.dtype, head_dim=q.shape[-1], runs=runs, long_runs=long_runs)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     q, k, v, runs = vary_alike((q, k, v, runs))
     return _attention(q, k, v, runs, scale, implementation, config)

@@ -7,7 +7,6 @@ for each query head of the group, for each tile of its queries:
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from sparse_flash_jax.kernels.config import Config, HopperBlocks
-from sparse_flash_jax.kernels.mosaic.dq_sums import BESIDE, STAGED, Scores, scores_scratch, sum_dq
+from sparse_flash_jax.kernels.mosaic.dq_sums import DqSums, Scores, heads_beside, sum_dq, sums_scratch
 from sparse_flash_jax.kernels.mosaic.launch import (
     buffers,
     free_barriers,
@@ -67,10 +66,10 @@ def _dkv_kernel(
     outputs, scratch = refs[: len(parts)], refs[len(parts) :]
     k_tile, v_tile, q_ring, do_ring, lse_ring, delta_ring, *scratch = scratch
     rows_ready, q_ready, do_ready, free, turn, *stage = scratch
-    dq, scores, staged = None, None, None
+    sums_of_dq = None
     if "q" in parts:
         (dq, *outputs), parts = outputs, "kv"
-        staged, scores, stage = stage[0], Scores(*stage[1:4]), stage[4:]
+        sums_of_dq, stage = DqSums(dq, stage[0], Scores(*stage[1:4])), stage[4:]
     program, block = Program(shapes), shapes.block
     b, head = program.batch, program.head
     dtype = k.dtype
@@ -78,7 +77,7 @@ def _dkv_kernel(
     stage = stage[0].at[program.warpgroup] if stage else None
     # Beyond head dim 64, 64 columns or two warpgroups, or with one more for dq, p in float32 would not fit the
     # registers until dp is there.
-    short_p = k.shape[3] > 64 or block.columns > NARROW or block.warpgroups > 2 or dq is not None
+    short_p = k.shape[3] > 64 or block.columns > NARROW or block.warpgroups > 2 or sums_of_dq
     in_registers = block.rows_in_registers and stage is None
 
     def fetch(r):
@@ -89,18 +88,18 @@ def _dkv_kernel(
 
     def look(r, member):
         seen = (*program.bounds(q_start, member), program.rows(r))
-        visit = program.visit(r, q_start, q_stop, member, together=dq is not None)
+        visit = program.visit(r, q_start, q_stop, member, together=sums_of_dq is not None)
         return visit, *(load_rows(ref.at[*seen]) for ref in (q_start, q_stop))
 
     def compute(turns, r, ahead, taken):
         rows, own = program.rows(r), program.own(r)
         plgpu.barrier_wait(rows_ready.at[own])
         loaded = (k_tile, v_tile)
-        if "k" not in parts or (dq is not None and shapes.members > 1):  # v is not used, or has no registers left
+        if "k" not in parts or (sums_of_dq and shapes.members > 1):  # v is not used, or has no registers left
             loaded = (k_tile,)
         held = [plgpu.load(x.at[own], layout=LAYOUT) for x in loaded] if in_registers else []
         # Past the last row a warpgroup computes the last rows once more, which would count twice in dq.
-        may_be_past = dq is not None and shapes.length % block.rows
+        may_be_past = sums_of_dq and shapes.length % block.rows
         absent = jnp.where(program.past_the_end(r), -LOWEST, 0.0) if may_be_past else None
 
         def of_member(sums, member, taken):
@@ -138,7 +137,7 @@ def _dkv_kernel(
 
             def step(j, carry, *, masked):
                 # Masks want the registers of dp if the block is wide, or one more warpgroup sums dq.
-                late = bool(masked and (block.columns > NARROW or dq is not None))
+                late = bool(masked and (block.columns > NARROW or sums_of_dq))
 
                 def scoped(s_ref, dp_ref=None):
                     issue_scores(j, s_ref)
@@ -155,8 +154,8 @@ def _dkv_kernel(
 
                 products = [product(tile)] * (2 if "k" in parts else 1)
                 ds = pl.run_scoped(scoped, *products)
-                if scores:
-                    scores.give(taken + j - visit.start, program.warpgroup, ds)
+                if sums_of_dq:
+                    sums_of_dq.scores.give(taken + j - visit.start, program.warpgroup, ds)
                 if "k" in parts:
                     multiply(sums["k"], ds, q_ring.at[slot(j)], stage)
                 release(j)
@@ -177,8 +176,8 @@ def _dkv_kernel(
             return over_members(shapes.members, add_member, taken), *(ref[...] for ref in refs)
 
         taken, *sums = pl.run_scoped(accumulate, *[product((WARPGROUP_ROWS, k.shape[3]))] * len(parts))
-        if scores:
-            scores.close(taken)
+        if sums_of_dq:
+            sums_of_dq.scores.close(taken)
         buffers_of = {"k": k_tile, "v": k_tile if parts == "v" else v_tile}
         for part, x in zip(parts, sums, strict=True):
             buffers_of[part][own] = (x * scale if part == "k" else x).astype(dtype)
@@ -198,9 +197,9 @@ def _dkv_kernel(
 
     look_ahead = lambda r: look(r, 0) if shapes.members == 1 else None
     computing = lambda: compute_tiles(program, turn, fetch, look_ahead, compute, outputs=len(parts))
-    if dq is None:
+    if sums_of_dq is None:
         return compute_and_load(block, computing, loading)
-    summing = functools.partial(sum_dq, program, q_start, q_stop, k_tile, scores, staged, dq, stage)
+    summing = functools.partial(sum_dq, program, q_start, q_stop, k_tile, sums_of_dq, stage)
     return split_roles(Role(block.warpgroups, 208, computing), Role(1, 72, summing), Role(1, 24, loading))
 
 
@@ -290,8 +289,8 @@ def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, config):
     if "q" in parts:
         programs = pl.cdiv(k.shape[2], block.rows) if config.interpret else 1
         like["q"] = jax.ShapeDtypeStruct((programs * q.shape[0], *q.shape[1:]), jnp.float32)
-        beside = math.gcd(k.shape[1], BESIDE)
-        scratch = (*scratch, buffers(STAGED, WARPGROUP_ROWS, head_dim, jnp.float32), *scores_scratch(block, k.dtype))
+        beside = heads_beside(k.shape[1], q.shape[2], head_dim)
+        scratch = (*scratch, *sums_scratch(block, head_dim, k.dtype))
     outputs = launch(
         functools.partial(_dkv_kernel, parts=parts),
         (runs.q_start, runs.q_stop),

@@ -8,6 +8,7 @@ in float32 sums in device memory. Programs add to a sum one after the other, fro
 it is the same in every run: float32 sums depend on their order.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -22,10 +23,16 @@ from sparse_flash_jax.kernels.mosaic.pipeline import over_members
 from sparse_flash_jax.kernels.mosaic.products import afresh, multiply, product
 from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Program
 
-SPAN = 4  # blocks of queries that are handed on at a time: waiting for one's turn takes as long as two steps
-BESIDE = 4  # heads whose programs are numbered by turns, so that more time lies between a tile and its successor's
-STAGED = 2  # blocks of dq on their way to device memory
-STAGES = 3  # blocks of ds on their way to the warpgroup that sums dq
+STAGES = 3
+"""Blocks of ds on their way to the warpgroup that sums dq."""
+STAGED = 2
+"""Blocks of dq on their way to device memory."""
+SPAN = 4
+"""Blocks of queries that are handed on at a time: to wait for one's turn takes as long as two steps."""
+BESIDE = 4
+"""Heads whose programs are numbered by turns, at most, so that a tile's program does not follow on its successor's."""
+CACHED = 16 * 2**20
+"""Bytes that these heads may read and add to, so that they stay in an H100's L2 cache, of which half is near."""
 
 
 class Scores(NamedTuple):
@@ -62,12 +69,28 @@ class Scores(NamedTuple):
             plgpu.barrier_wait(self.free.at[self.slot(n)])
 
 
-def scores_scratch(block: HopperBlocks, dtype: Any) -> tuple[Any, ...]:
-    """Returns what `Scores` are made of."""
+class DqSums(NamedTuple):
+    """What the dK/dV kernel has besides if it sums dq."""
+
+    dq: Any
+    """float32 [B N T H], in device memory."""
+    staged: Any
+    """Blocks of dq on their way there."""
+    scores: Scores
+
+
+def sums_scratch(block: HopperBlocks, head_dim: int, dtype: Any) -> tuple[Any, ...]:
+    """Returns shared memory for what is staged, and what `Scores` are made of."""
+    staged = buffers(STAGED, WARPGROUP_ROWS, head_dim, jnp.float32)
     one = buffers(1, WARPGROUP_ROWS, block.columns, dtype)
     ring = plgpu.SMEM((STAGES, block.warpgroups, WARPGROUP_ROWS, block.columns), dtype, transforms=one.transforms)
     ready = plgpu.Barrier(num_arrivals=block.warpgroups, num_barriers=STAGES)
-    return ring, ready, plgpu.Barrier(num_barriers=STAGES)
+    return staged, ring, ready, plgpu.Barrier(num_barriers=STAGES)
+
+
+def heads_beside(heads: int, length: int, head_dim: int) -> int:
+    """Returns how many heads' programs are numbered by turns; q and do have 2 bytes an element, sums of dq 4."""
+    return math.gcd(heads, max(1, min(BESIDE, CACHED // (8 * length * head_dim))))
 
 
 class Order:
@@ -133,14 +156,12 @@ def counters(program: Program, batch: int) -> Any:
     return pl.get_global(plgpu.SemaphoreType.REGULAR((batch * shapes.heads * pl.cdiv(shapes.column_tiles, SPAN),)))
 
 
-def sum_dq(
-    program: Program, q_start: Any, q_stop: Any, k_tile: Any, scores: Scores, staged: Any, dq: Any, stage: Any
-) -> None:
+def sum_dq(program: Program, q_start: Any, q_stop: Any, k_tile: Any, sums: DqSums, stage: Any) -> None:
     """Adds dq of all queries that the program's keys are seen by, step by step.
 
     The interpreter knows neither counters nor sums by copies: there dq has the sums of each program by themselves.
     """
-    shapes, interpreted = program.shapes, stage is not None
+    (dq, staged, scores), shapes, interpreted = sums, program.shapes, stage is not None
     batch = dq.shape[0] // (program.row_tiles if interpreted else 1)
     counted = None if interpreted else counters(program, batch)
 
