@@ -15,9 +15,9 @@ import dataclasses
 import functools
 import itertools
 import math
+import multiprocessing
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -269,8 +269,9 @@ def _one_line(error: Exception) -> str:
     return kind + " ".join(str(error).split())[:240]
 
 
-def judge(args: argparse.Namespace, number: int, indices: list[int]) -> Iterator[tuple[list[str], tuple[str, ...]]]:
+def judge(args: argparse.Namespace, number: int, indices: list[int]) -> list[tuple[list[str], tuple[str, ...]]]:
     """For each of these cases, all of one form: a line for each thing that is wrong, and which implementations ran."""
+    judged = []
     with jax.default_device(jax.devices(args.device)[0]):
         form = draw_form(args.seed, number, args.device)
         ran = tuple(name for name in args.implementation if takes(name, form))
@@ -281,28 +282,41 @@ def judge(args: argparse.Namespace, number: int, indices: list[int]) -> Iterator
                 f"--cases 1 --device {args.device} --implementation {names}"
                 for names, what in wrongs(form, case, args.device, ran)
             ]
-            yield lines, ran
+            judged.append((lines, ran))
+    return judged
+
+
+def all_judged(
+    args: argparse.Namespace, forms: list[tuple[int, list[int]]]
+) -> Iterator[list[tuple[list[str], tuple[str, ...]]]]:
+    """What `judge` says of each form, as it is done. In processes, since most of compiling is Python."""
+    if min(args.jobs, len(forms)) <= 1:
+        yield from (judge(args, *form) for form in forms)
+        return
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they share a GPU's memory
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(args.jobs, len(forms)), context) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(judge, args, *form) for form in forms]):
+            yield done.result()
 
 
 class Tally:
-    """Counts cases and prints what is wrong, from any thread; now and then how far it is."""
+    """Counts cases and prints what is wrong; now and then how far it is."""
 
     def __init__(self, cases: int):
         self.cases, self.done, self.wrong = cases, 0, 0
         self.ran: collections.Counter[str] = collections.Counter()
-        self._lock = threading.Lock()
         self.start = self.last_line = time.monotonic()
 
     def add(self, lines: list[str], ran: tuple[str, ...]) -> None:
-        with self._lock:
-            self.done += 1
-            self.ran.update(ran)
-            self.wrong += bool(lines)
-            for line in lines:
-                print(line, flush=True)
-            if time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
-                self.last_line = time.monotonic()
-                print(f"{self.done} of {self.cases} cases, {self.wrong} wrong, {self.seconds:.0f} s", flush=True)
+        self.done += 1
+        self.ran.update(ran)
+        self.wrong += bool(lines)
+        for line in lines:
+            print(line, flush=True)
+        if time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.last_line = time.monotonic()
+            print(f"{self.done} of {self.cases} cases, {self.wrong} wrong, {self.seconds:.0f} s", flush=True)
 
     @property
     def seconds(self) -> float:
@@ -329,9 +343,9 @@ def main(argv: list[str] | None = None) -> int:
     tally = Tally(args.cases)
     indices = range(args.first, args.first + args.cases)
     forms = [(n, list(some)) for n, some in itertools.groupby(indices, lambda i: i // CASES_OF_A_FORM)]
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for _ in pool.map(lambda form: [tally.add(*judged) for judged in judge(args, *form)], forms):
-            pass
+    for judged in all_judged(args, forms):
+        for lines, names in judged:
+            tally.add(lines, names)
     ran = ", ".join(f"{name} {count}" for name, count in tally.ran.items())
     print(f"{args.cases} cases ({ran}), {tally.wrong} wrong, {tally.seconds:.0f} s")
     return int(tally.wrong > 0)

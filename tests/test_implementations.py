@@ -16,6 +16,7 @@ from sparse_flash_jax.kernels.interval import interval_attention
 from tests.contract import RUNS, inputs
 
 CPU = jax.devices("cpu")[0]
+PASSES = ("forward", "dq", "dkv")
 
 
 @pytest.fixture
@@ -138,20 +139,21 @@ def test_interpreted_on_any_device():
 def test_tiles_from_a_file(device, monkeypatch, tmp_path):
     device("NVIDIA H100 80GB HBM3", "9.0")
     blocks = {"rows": 32, "columns": 16, "num_warps": 8, "num_stages": 1}
-    kind = {"implementation": "triton", "dtype": "bfloat16", "long_runs": False}
-    rows = [kind | {"head_dim": size} | dict.fromkeys(("forward", "dq", "dkv"), blocks) for size in (64, 128)]
+    kind = {"implementation": "triton", "dtype": "bfloat16", "long_runs": False, "fused": False}
+    rows = [kind | {"head_dim": size} | dict.fromkeys(PASSES, blocks) for size in (64, 128)]
     rows[1] = rows[1] | {"dq": blocks | {"rows": 64}}
+    hopper = {"warpgroups": 2, "columns": 64, "num_stages": 4}
+    rows.append(kind | dict.fromkeys(PASSES, hopper) | {"implementation": "mosaic", "head_dim": 64, "fused": True})
     path = tmp_path / "tiles.json"
     path.write_text(json.dumps({"rows": rows}))
     monkeypatch.setenv("SPARSE_FLASH_TILES", str(path))
 
-    def chosen(head_dim, dtype="bfloat16"):
-        return implementations.default_config(
-            "triton", dtype=dtype, head_dim=head_dim, runs=RUNS["narrow"], long_runs=False
-        )
+    def chosen(head_dim, dtype="bfloat16", implementation="triton"):
+        return implementations.default_config(implementation, dtype=dtype, head_dim=head_dim, runs=RUNS["narrow"])
 
     assert chosen(48).dq == Blocks(32, 16, 8, 1)
     assert chosen(80).dq == Blocks(64, 16, 8, 1)
+    assert chosen(64, implementation="mosaic") == Config(*[HopperBlocks(2, 64, 4)] * 3, fused=True)
     assert chosen(256) == triton_config("bfloat16", 256, long_runs=False, capability=9.0)
     assert chosen(64, "float16") == triton_config("float16", 64, long_runs=False, capability=9.0)
 

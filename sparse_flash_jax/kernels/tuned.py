@@ -34,7 +34,7 @@ def _read(path: str) -> dict[tuple[str, str, bool, int], Config]:
         rows = json.loads(Path(path).read_text("utf-8"))["rows"]
         return {
             (row["implementation"], row["dtype"], row["long_runs"], row["head_dim"]): Config(
-                *(_BLOCKS[row["implementation"]](**row[name]) for name in ("forward", "dq", "dkv"))
+                *(_BLOCKS[row["implementation"]](**row[name]) for name in ("forward", "dq", "dkv")), fused=row["fused"]
             )
             for row in rows
         }
