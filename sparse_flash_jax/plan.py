@@ -262,9 +262,8 @@ def _runs(
     lower, upper = (repeat_heads(x, heads) for x in bounds)
     start = count_below(columns, rows.groups, lower)
     stop = jnp.maximum(start, count_below(columns, rows.groups, upper))
-    # Dropped rows come last: an empty run at the end of the last kept one keeps the bounds monotone and the tiles few.
-    kept = rows.kept()
-    end = jnp.max(jnp.where(kept, stop, 0), axis=-1, keepdims=True)
+    # Dropped rows come last: an empty run behind the kept columns keeps the bounds monotone.
+    kept, end = rows.kept(), columns.num_kept[..., None]
     return jnp.where(kept, start, end), jnp.where(kept, stop, end)
 
 

@@ -40,7 +40,7 @@ def sort_tokens(
     length: int,
     capacity: int | None,
 ) -> SortedTokens:
-    """Sorts tokens by (dropped, *groups, position) and cuts the order to the capacity.
+    """Sorts kept tokens by (*groups, position), then dropped ones by position, and cuts the order to the capacity.
 
     Args:
         groups: int32 [B A L] each; tokens are in one group where all ids are equal. None of them: one group.
@@ -62,7 +62,8 @@ def sort_tokens(
         num_kept = jnp.minimum(kept_until[..., -1], capacity)
         overflow = kept_until[..., -1] - num_kept
         keep = keep & (kept_until <= capacity)
-    keys = groups if keep is None else (~keep, *groups)
+    # Dropped tokens are ordered by position alone.
+    keys = groups if keep is None else (~keep, *(jnp.where(keep, x, 0) for x in groups))
     shape = jnp.broadcast_shapes(*(x.shape for x in keys))
     if num_kept is None or overflow is None:
         overflow = jnp.zeros(shape[:2], jnp.int32)

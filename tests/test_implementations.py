@@ -142,7 +142,7 @@ def test_tiles_from_a_file(device, monkeypatch, tmp_path):
     kind = {"implementation": "triton", "dtype": "bfloat16", "long_runs": False, "fused": False}
     rows = [kind | {"head_dim": size} | dict.fromkeys(PASSES, blocks) for size in (64, 128)]
     rows[1] = rows[1] | {"dq": blocks | {"rows": 64}}
-    hopper = {"warpgroups": 2, "columns": 64, "num_stages": 4}
+    hopper, expected = {"warpgroups": 2, "columns": 64, "num_stages": 4}, HopperBlocks(2, 64, 4)
     rows.append(kind | dict.fromkeys(PASSES, hopper) | {"implementation": "mosaic", "head_dim": 64, "fused": True})
     path = tmp_path / "tiles.json"
     path.write_text(json.dumps({"rows": rows}))
@@ -153,7 +153,7 @@ def test_tiles_from_a_file(device, monkeypatch, tmp_path):
 
     assert chosen(48).dq == Blocks(32, 16, 8, 1)
     assert chosen(80).dq == Blocks(64, 16, 8, 1)
-    assert chosen(64, implementation="mosaic") == Config(*[HopperBlocks(2, 64, 4)] * 3, fused=True)
+    assert chosen(64, implementation="mosaic") == Config(expected, expected, expected, fused=True)
     assert chosen(256) == triton_config("bfloat16", 256, long_runs=False, capability=9.0)
     assert chosen(64, "float16") == triton_config("float16", 64, long_runs=False, capability=9.0)
 

@@ -20,7 +20,7 @@ from tests.cases import CASES, Case, Pattern, Shape, buckets
 from tests.contract import IntervalContract
 from tests.gpus import lowered, passes
 from tests.test_attention import judges
-from tests.test_transforms import drawn, hashed
+from tests.test_transforms import LENGTH, attended, drawn, hashed
 
 CONFIGS = {
     "small": Config(HopperBlocks(1, 64, 2), HopperBlocks(1, 64, 2), HopperBlocks(1, 64, 2), interpret=True),
@@ -129,14 +129,20 @@ def test_kernels_lower_for_cuda(dtype, head_dim, long_runs):
         assert "mosaic_gpu" in lowered(functools.partial(kernel, scale=0.1, config=config), *operands)
 
 
+def causally(q, k, v, do, *_):
+    """Long runs: all gradients from one kernel."""
+    return attended(q, k, v, do, sfj.causal(LENGTH))
+
+
 @pytest.mark.parametrize("how", ["vmap", "shard_map"])
-def test_transformed_calls_lower_for_cuda(monkeypatch, how):
+@pytest.mark.parametrize("attend", [hashed, causally])
+def test_transformed_calls_lower_for_cuda(monkeypatch, attend, how):
     hopper = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
     monkeypatch.setattr(implementations, "_default_device", lambda: hopper)
     operands = drawn("bfloat16")
     if how == "vmap":
-        call, operands = jax.vmap(hashed), [x.reshape(4, 2, *x.shape[1:]) for x in operands]
+        call, operands = jax.vmap(attend), [x.reshape(4, 2, *x.shape[1:]) for x in operands]
     else:
         mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-        call = jax.shard_map(hashed, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))
+        call = jax.shard_map(attend, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))
     assert "mosaic_gpu" in lowered(call, *operands)

@@ -1,0 +1,83 @@
+"""Plans by counting are the plans by sorting, integer for integer; and the kernels lower for CUDA."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparse_flash_jax as sfj
+from sparse_flash_jax.kernels.triton.counting import CHUNK, count_tokens
+from tests.cases import Shape, buckets, half_in_one
+from tests.gpus import GPUS, lowered, on
+
+SHAPES = {
+    "part_of_a_chunk": (Shape(B=1, T=100, N=1, H=1), 4),
+    "one_chunk": (Shape(B=1, T=CHUNK, N=1, H=1), 16),
+    "gqa": (Shape(B=2, T=600, N=4, K=2, H=1), 16),
+    "more_keys": (Shape(B=1, T=70, N=2, K=1, S=530, H=1), 31),
+    "most_buckets": (Shape(B=1, T=1100, N=2, H=1), 256),
+}
+
+
+def sides(shape, count, share_dropped, draw=buckets):
+    """Bucket ids and keep masks [B L A] of queries and keys."""
+    rng = np.random.default_rng(shape.T)
+    ids = draw(count)(rng, shape)
+    keep = [jnp.asarray(rng.random(axes) >= share_dropped) for axes in (shape.query_axes, shape.key_axes)]
+    return [jnp.asarray(ids[name]) for name in ("query_group", "key_group")], keep
+
+
+def counted(ids, keep, count, **rule):
+    laid_out = [jnp.where(k, x, count).swapaxes(1, 2) for x, k in zip(ids, keep, strict=True)]
+    return jax.jit(functools.partial(count_tokens, buckets=count, interpret=True, **rule))(*laid_out)
+
+
+def assert_same_plan(got, plan):
+    queries, keys, runs = got
+    pairs = {
+        "query_order": (queries.order, plan.query_order),
+        "query_slot": (queries.slot, plan.query_slot),
+        "key_order": (keys.order, plan.key_order),
+        "key_slot": (keys.slot, plan.key_slot),
+        "kept_keys": (keys.kept, plan.kept_keys),
+        "largest_group": (keys.largest, plan.largest_group),
+        **{name: (x, getattr(plan.runs, name)) for name, x in runs._asdict().items()},
+    }
+    for name, (x, y) in pairs.items():
+        np.testing.assert_array_equal(x, y, name)
+
+
+@pytest.mark.parametrize("share_dropped", [0.0, 0.3])
+@pytest.mark.parametrize("name", SHAPES)
+def test_equal_to_the_plan_by_sorting(name, share_dropped):
+    shape, count = SHAPES[name]
+    ids, keep = sides(shape, count, share_dropped)
+    plan = sfj.make_plan(query_group=ids[0], key_group=ids[1], query_keep=keep[0], key_keep=keep[1])
+    assert_same_plan(counted(ids, keep, count, causal=True, exclude_self=False), plan)
+
+
+@pytest.mark.parametrize(("causal", "exclude_self"), [(False, False), (True, True)])
+def test_rules(causal, exclude_self):
+    ids, keep = sides(Shape(B=1, T=600, N=2, H=1), 8, 0.1, half_in_one)
+    rule = {"causal": causal, "exclude_self": exclude_self}
+    plan = sfj.make_plan(query_group=ids[0], key_group=ids[1], query_keep=keep[0], key_keep=keep[1], **rule)
+    assert_same_plan(counted(ids, keep, 8, **rule), plan)
+
+
+@pytest.mark.parametrize("who", ["nobody", "queries", "everybody"])
+def test_all_dropped(who):
+    ids, keep = sides(Shape(B=1, T=300, N=1, H=1), 4, 0.0)
+    keep = [keep[0] & (who == "nobody"), keep[1] & (who != "everybody")]
+    plan = sfj.make_plan(query_group=ids[0], key_group=ids[1], query_keep=keep[0], key_keep=keep[1])
+    assert_same_plan(counted(ids, keep, 4, causal=True, exclude_self=False), plan)
+
+
+@pytest.mark.parametrize("kind", GPUS)
+@pytest.mark.parametrize("count", [16, 256])
+def test_lowers_for_cuda(kind, count):
+    ids = jax.ShapeDtypeStruct((2, 4, 1000), jnp.int32)
+    with on(kind):
+        text = lowered(functools.partial(count_tokens, buckets=count, causal=True, exclude_self=False), ids, ids)
+    assert text.count("__gpu$xla.gpu.triton") == 3
