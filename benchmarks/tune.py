@@ -51,6 +51,7 @@ class Task(NamedTuple):
 def main() -> None:
     """Measures, prints the fastest, writes JSON."""
     args = _arguments()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share the GPU's memory
     check_implementation(args.implementation, args.dtype, max(args.head_dims))
     rows, timings = [], []
     result = {"environment": environment(), "rows": rows, "timings": timings}
@@ -126,7 +127,6 @@ def _candidates(implementation: str, name: str, head_dim: int, *, long_runs: boo
 @contextlib.contextmanager
 def _workers(jobs: int) -> Iterator[concurrent.futures.Executor]:
     """Processes that compile side by side, as most of that is Python, and time one at a time."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they share the GPU's memory
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, context, _start, (context.Lock(),)) as pool:
         yield pool
@@ -139,7 +139,10 @@ def _start(lock: Any) -> None:
 
 def _time(task: Task) -> float:
     """Seconds a call; infinite where the tile cannot be compiled."""
-    operands = _operands(task.shape, task.dtype, task.long_runs, forward=task.name == "forward")
+    with _alone:
+        operands = jax.block_until_ready(
+            _operands(task.shape, task.dtype, task.long_runs, forward=task.name == "forward")
+        )
     kernels = kernels_of(task.implementation)
     passes = {"forward": kernels.forward, "dq": kernels.backward_dq, "dkv": kernels.backward_dkv}
     kernel = kernels.backward if task.name == FUSED else passes[task.name]
@@ -147,11 +150,11 @@ def _time(task: Task) -> float:
     function = jax.jit(functools.partial(kernel, scale=task.shape.H**-0.5, config=config))
     try:
         call = function.lower(*operands).compile()
+        with _alone:
+            return measure(call, *operands, samples=task.samples).median
     except Exception as error:  # too much shared memory, or a shape that the backend cannot do
         print(f"{task.name} {task.blocks}: {str(error).splitlines()[0][:120]}", flush=True)
         return math.inf
-    with _alone:
-        return measure(call, *operands, samples=task.samples).median
 
 
 @functools.lru_cache(maxsize=1)

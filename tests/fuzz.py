@@ -233,7 +233,7 @@ def _config(form: Form, device: str, implementation: str) -> Config | None:
     if device == "gpu" or implementation == "xla":
         return form.tiles
     if implementation == "mosaic":
-        return dataclasses.replace(mosaic_config(form.case.shape.H, long_runs=False), interpret=True)
+        return dataclasses.replace(mosaic_config(form.case.shape.H, long_runs=not form.groups), interpret=True)
     default = triton_config(form.case.dtype, form.case.shape.H, long_runs=False, capability=9.0)
     return dataclasses.replace(form.tiles or default, interpret=True)
 

@@ -13,10 +13,10 @@ from jax.sharding import AxisType, PartitionSpec
 
 import sparse_flash_jax as sfj
 from sparse_flash_jax.kernels import implementations, mosaic
-from sparse_flash_jax.kernels.config import Config, HopperBlocks, mosaic_config
+from sparse_flash_jax.kernels.config import Blocks, Config, HopperBlocks, mosaic_config
 from tests import definition
 from tests.budget import assert_within_budget, with_gradients
-from tests.cases import CASES, Case, Pattern, Shape, buckets
+from tests.cases import CASES, Case, Pattern, Shape, buckets, kept
 from tests.contract import IntervalContract
 from tests.gpus import lowered, passes
 from tests.test_attention import judges
@@ -90,7 +90,7 @@ def test_row_buffers_are_used_again():
 
 
 def test_dq_summed_by_dkv_under_vmap():
-    """Mapped, the kernel is one launch, whose programs all have counters of their own."""
+    """Mapped, the kernel is one launch: the mapped axis is in the batch."""
     case = Case(Shape(B=2, T=130, N=2, K=1, H=16), Pattern("causal"), "bfloat16")
     q, k, v, do, _ = (jnp.swapaxes(x, 1, 2) for x in case.inputs())
     row, runs = jnp.ones(q.shape[:3], jnp.float32), sfj.causal(130).runs
@@ -108,15 +108,42 @@ def test_dq_summed_by_dkv_under_vmap():
         (HopperBlocks(5, 64, 2), "1 to 4 warpgroups"),
         (HopperBlocks(2, 96, 2), "columns in 64s"),
         (HopperBlocks(2, 64, 1, overlap=True), "num_stages must be at least 2"),
-        (HopperBlocks(1, 64, 2), "takes two warpgroups"),
     ],
 )
 def test_tiles_that_there_are_not(block, said):
     q = jnp.ones((1, 64, 1, 16), jnp.bfloat16)
-    config = Config(block, block, block, fused=True, interpret=True)
-    attention = lambda q: sfj.sparse_attention(q, q, q, sfj.causal(64), implementation="mosaic", config=config).sum()
+    config = Config(block, block, block, interpret=True)
     with pytest.raises(ValueError, match=said):
-        jax.eval_shape(jax.grad(attention), q)
+        sfj.sparse_attention(q, q, q, sfj.causal(64), implementation="mosaic", config=config)
+
+
+@pytest.mark.parametrize("block", [HopperBlocks(1, 64, 2), HopperBlocks(2, 128, 2), Blocks(64, 64)])
+def test_tiles_that_fused_does_not_take(block):
+    with pytest.raises(ValueError, match="takes as dkv a HopperBlocks of two warpgroups"):
+        Config(block, block, block, fused=True)
+
+
+@pytest.mark.parametrize("implementation", [None, "mosaic"])
+def test_head_dims_that_fused_does_not_take(implementation):
+    q = jnp.ones((1, 64, 1, 80), jnp.bfloat16)
+    with pytest.raises(ValueError, match="fused takes head dims up to 64, got 80"):
+        sfj.sparse_attention(q, q, q, sfj.causal(64), implementation=implementation, config=CONFIGS["fused"])
+
+
+FUSED_CASES = [
+    Case(Shape(B=1, T=330, N=2, K=1, S=270, H=16), pattern, "float16")
+    for pattern in (Pattern("causal"), Pattern("bidirectional", kept(1.0, 1.0), causal=False))
+]
+
+
+@pytest.mark.parametrize("shift", [0.0, 2.5])
+@pytest.mark.parametrize("case", FUSED_CASES, ids=str)
+def test_dq_over_several_tiles_of_keys(case, shift):
+    """Also with scores about -25, of which exp(-s) is past float16: keys past the end must add nothing."""
+    inputs, plan = case.inputs(), definition.plan(case)
+    inputs = inputs._replace(q=inputs.q - shift, k=inputs.k + shift)
+    got = interpreted(inputs, plan, CONFIGS["fused"])
+    assert_within_budget(got, *judges(inputs, plan))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -145,4 +172,6 @@ def test_transformed_calls_lower_for_cuda(monkeypatch, attend, how):
     else:
         mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
         call = jax.shard_map(attend, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))
-    assert "mosaic_gpu" in lowered(call, *operands)
+    text = lowered(call, *operands)
+    assert "mosaic_gpu" in text
+    assert ("interval_attention_dqkv" in text) == (attend is causally)

@@ -44,7 +44,7 @@ class HopperBlocks:
 
 @dataclasses.dataclass(frozen=True)
 class Config[Tile: Blocks | HopperBlocks]:
-    """Tiles of the three passes."""
+    """Tiles of the three passes; that of dQ goes unused if the other backward kernel is `fused` with it."""
 
     forward: Tile
     dq: Tile
@@ -55,6 +55,20 @@ class Config[Tile: Blocks | HopperBlocks]:
     """Hopper kernels: whether the dK/dV kernel sums dQ too, with the tile of `dkv`."""
     interpret: bool = False
     """Whether GPU kernels run in Pallas' interpreter, on any device and slowly: for tests."""
+
+    def __post_init__(self):
+        tile = self.dkv
+        if self.fused and not (
+            isinstance(tile, HopperBlocks) and (tile.warpgroups, tile.columns, tile.tiles) == (2, 64, 1)
+        ):
+            raise ValueError(
+                "fused, one Hopper kernel for all gradients, takes as dkv a HopperBlocks of two warpgroups, 64 columns "
+                f"and one tile, got {tile}."
+            )
+
+
+FUSED_HEAD_DIM = 64
+"""The largest that `Config.fused` serves."""
 
 
 def xla_config(query_slots: int, key_slots: int) -> Config[Blocks]:

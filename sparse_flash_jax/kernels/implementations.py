@@ -1,6 +1,7 @@
 """The implementations of interval attention: what each can do, which one a device gets, and its tiles.
 
-Each is a module of three functions, `forward`, `backward_dq` and `backward_dkv`, imported when first chosen.
+Each is a module of functions `forward`, `backward_dq` and `backward_dkv`, imported when first chosen; that of "mosaic"
+has `backward` besides, both in one kernel, for a `Config` that is `fused`.
 """
 
 import importlib
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_flash_jax.kernels.config import (
+    FUSED_HEAD_DIM,
     Blocks,
     Config,
     HopperBlocks,
@@ -44,15 +46,13 @@ def check_implementation(implementation: str | None, dtype: Any, head_dim: int, 
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}.")
+    if config is not None and config.fused and head_dim > FUSED_HEAD_DIM:
+        raise ValueError(f"config.fused takes head dims up to {FUSED_HEAD_DIM}, got {head_dim}.")
     if implementation is None:
         return
     if config is not None and not _fits(config, implementation):
         got, expected = type(config.forward).__name__, _blocks_of(implementation).__name__
         raise ValueError(f"implementation={implementation!r} takes a config of {expected}, got {got}.")
-    if config is not None and config.fused and implementation != "mosaic":
-        raise ValueError(
-            f"implementation={implementation!r} has no kernel for all gradients, as config.fused asks for."
-        )
     lacks = _what_lacks(implementation, dtype, head_dim, interpret=config is not None and config.interpret)
     if lacks:
         raise NotImplementedError(f"implementation={implementation!r} {lacks}; use implementation='xla', or None.")

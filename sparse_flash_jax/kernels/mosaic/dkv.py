@@ -16,7 +16,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from sparse_flash_jax.kernels.config import Config, HopperBlocks
-from sparse_flash_jax.kernels.mosaic.dq_sums import DqSums, Scores, heads_beside, sum_dq, sums_scratch
+from sparse_flash_jax.kernels.mosaic.dq_sums import (
+    DqSums,
+    DsRing,
+    heads_beside,
+    roles_of,
+    sum_dq,
+    sum_of_programs,
+    sums_scratch,
+)
 from sparse_flash_jax.kernels.mosaic.launch import (
     buffers,
     free_barriers,
@@ -27,7 +35,6 @@ from sparse_flash_jax.kernels.mosaic.launch import (
 )
 from sparse_flash_jax.kernels.mosaic.pipeline import (
     Feed,
-    Role,
     compute_and_load,
     compute_tiles,
     load_columns,
@@ -69,7 +76,7 @@ def _dkv_kernel(
     sums_of_dq = None
     if "q" in parts:
         (dq, *outputs), parts = outputs, "kv"
-        sums_of_dq, stage = DqSums(dq, stage[0], Scores(*stage[1:4])), stage[4:]
+        sums_of_dq, stage = DqSums(dq, stage[0], DsRing(*stage[1:4])), stage[4:]
     program, block = Program(shapes), shapes.block
     b, head = program.batch, program.head
     dtype = k.dtype
@@ -155,7 +162,7 @@ def _dkv_kernel(
                 products = [product(tile)] * (2 if "k" in parts else 1)
                 ds = pl.run_scoped(scoped, *products)
                 if sums_of_dq:
-                    sums_of_dq.scores.give(taken + j - visit.start, program.warpgroup, ds)
+                    sums_of_dq.ds.give(taken + j - visit.start, program.warpgroup, ds)
                 if "k" in parts:
                     multiply(sums["k"], ds, q_ring.at[slot(j)], stage)
                 release(j)
@@ -177,7 +184,7 @@ def _dkv_kernel(
 
         taken, *sums = pl.run_scoped(accumulate, *[product((WARPGROUP_ROWS, k.shape[3]))] * len(parts))
         if sums_of_dq:
-            sums_of_dq.scores.close(taken)
+            sums_of_dq.ds.close(taken)
         buffers_of = {"k": k_tile, "v": k_tile if parts == "v" else v_tile}
         for part, x in zip(parts, sums, strict=True):
             buffers_of[part][own] = (x * scale if part == "k" else x).astype(dtype)
@@ -200,7 +207,7 @@ def _dkv_kernel(
     if sums_of_dq is None:
         return compute_and_load(block, computing, loading)
     summing = functools.partial(sum_dq, program, q_start, q_stop, k_tile, sums_of_dq, stage)
-    return split_roles(Role(block.warpgroups, 208, computing), Role(1, 72, summing), Role(1, 24, loading))
+    return split_roles(*roles_of(block.warpgroups, computing, summing, loading))
 
 
 def backward_dkv(
@@ -235,17 +242,7 @@ def backward(
     scale: float,
     config: Config[HopperBlocks],
 ) -> tuple[Float[Array, "B N T H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-    """Returns dq, dk and dv from one kernel, with the tile of `config.dkv`: of two warpgroups and 64 columns.
-
-    Raises:
-        ValueError: if there is no such kernel for the tile or the head dim.
-    """
-    block = config.dkv
-    if (block.warpgroups, block.columns, block.tiles) != (2, 64, 1) or q.shape[3] > 64:
-        raise ValueError(
-            "the kernel for all gradients (config.fused) takes two warpgroups, 64 columns and one tile in `dkv`, and "
-            f"head dims up to 64; got {block} and {q.shape[3]}."
-        )
+    """Returns dq, dk and dv from one kernel, with the tile of `config.dkv`; for head dims up to `FUSED_HEAD_DIM`."""
 
     @jax.custom_batching.custom_vmap
     def folded(q, k, v, runs, lse, do, delta):
@@ -291,9 +288,14 @@ def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, config):
         like["q"] = jax.ShapeDtypeStruct((programs * q.shape[0], *q.shape[1:]), jnp.float32)
         beside = heads_beside(k.shape[1], q.shape[2], head_dim)
         scratch = (*scratch, *sums_scratch(block, head_dim, k.dtype))
+    start, stop = runs.q_start, runs.q_stop
+    if "q" in parts:
+        # Keys past the end must see nothing: what they add to dq would be infinity times zero where scores are low.
+        past = jnp.broadcast_to(stop[..., -1:], (*stop.shape[:2], -stop.shape[2] % WARPGROUP_ROWS))
+        start, stop = (jnp.concatenate([x, past], axis=2) for x in (start, stop))
     outputs = launch(
         functools.partial(_dkv_kernel, parts=parts),
-        (runs.q_start, runs.q_stop),
+        (start, stop),
         (k, v),
         (q, do, lse * LOG2E, delta),
         [like[part] for part in parts],
@@ -306,6 +308,6 @@ def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, config):
         beside=beside,
         helpers=2 if "q" in parts else 1,
     )
-    if "q" in parts and config.interpret:  # sums of each program by themselves, NaN where it has not been
-        outputs[0] = jnp.nansum(outputs[0].reshape(-1, *q.shape), axis=0)
+    if "q" in parts and config.interpret:
+        outputs[0] = sum_of_programs(outputs[0].reshape(-1, *q.shape))
     return outputs

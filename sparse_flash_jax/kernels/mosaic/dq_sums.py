@@ -8,24 +8,24 @@ in float32 sums in device memory. Programs add to a sum one after the other, fro
 it is the same in every run: float32 sums depend on their order.
 """
 
-import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array
+from jaxtyping import Array, Float32
 
 from sparse_flash_jax.kernels.config import HopperBlocks
 from sparse_flash_jax.kernels.mosaic.launch import buffers
-from sparse_flash_jax.kernels.mosaic.pipeline import over_members
+from sparse_flash_jax.kernels.mosaic.pipeline import Role, over_members
 from sparse_flash_jax.kernels.mosaic.products import afresh, multiply, product
 from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Program
 
-STAGES = 3
+DS_STAGES = 3
 """Blocks of ds on their way to the warpgroup that sums dq."""
-STAGED = 2
+DQ_STAGES = 2
 """Blocks of dq on their way to device memory."""
 SPAN = 4
 """Blocks of queries that are handed on at a time: to wait for one's turn takes as long as two steps."""
@@ -35,7 +35,7 @@ CACHED = 16 * 2**20
 """Bytes that these heads may read and add to, so that they stay in an H100's L2 cache, of which half is near."""
 
 
-class Scores(NamedTuple):
+class DsRing(NamedTuple):
     """Blocks of ds in shared memory, on their way from the warpgroups that compute them to the one that sums dq."""
 
     ring: Any
@@ -76,29 +76,46 @@ class DqSums(NamedTuple):
     """float32 [B N T H], in device memory."""
     staged: Any
     """Blocks of dq on their way there."""
-    scores: Scores
+    ds: DsRing
 
 
 def sums_scratch(block: HopperBlocks, head_dim: int, dtype: Any) -> tuple[Any, ...]:
-    """Returns shared memory for what is staged, and what `Scores` are made of."""
-    staged = buffers(STAGED, WARPGROUP_ROWS, head_dim, jnp.float32)
+    """Returns shared memory for what is staged, and what `DsRing` is made of."""
+    staged = buffers(DQ_STAGES, WARPGROUP_ROWS, head_dim, jnp.float32)
     one = buffers(1, WARPGROUP_ROWS, block.columns, dtype)
-    ring = plgpu.SMEM((STAGES, block.warpgroups, WARPGROUP_ROWS, block.columns), dtype, transforms=one.transforms)
-    ready = plgpu.Barrier(num_arrivals=block.warpgroups, num_barriers=STAGES)
-    return staged, ring, ready, plgpu.Barrier(num_barriers=STAGES)
+    ring = plgpu.SMEM((DS_STAGES, block.warpgroups, WARPGROUP_ROWS, block.columns), dtype, transforms=one.transforms)
+    ready = plgpu.Barrier(num_arrivals=block.warpgroups, num_barriers=DS_STAGES)
+    return staged, ring, ready, plgpu.Barrier(num_barriers=DS_STAGES)
 
 
 def heads_beside(heads: int, length: int, head_dim: int) -> int:
     """Returns how many heads' programs are numbered by turns; q and do have 2 bytes an element, sums of dq 4."""
-    return math.gcd(heads, max(1, min(BESIDE, CACHED // (8 * length * head_dim))))
+    most = max(1, min(BESIDE, CACHED // (8 * length * head_dim)))
+    return next(n for n in range(most, 0, -1) if heads % n == 0)
+
+
+def roles_of(
+    warpgroups: int, compute: Callable[[], None], sum_up: Callable[[], None], load: Callable[[], None]
+) -> list[Role]:
+    """Returns what the warpgroups of such a program do, with registers to suit."""
+    return [Role(warpgroups, 208, compute), Role(1, 72, sum_up), Role(1, 24, load)]
+
+
+def sum_of_programs(dq: Float32[Array, "P B N T H"]) -> Float32[Array, "B N T H"]:
+    """Returns the sum of what programs have in the interpreter, each NaN in blocks of queries where it has not been."""
+    blocks = jnp.pad(dq, [(0, 0)] * 3 + [(0, -dq.shape[3] % WARPGROUP_ROWS), (0, 0)], constant_values=jnp.nan)
+    blocks = blocks.reshape(*dq.shape[:3], -1, WARPGROUP_ROWS, dq.shape[4])
+    untouched = jnp.isnan(blocks).all(axis=(4, 5), keepdims=True)
+    total = jnp.sum(jnp.where(untouched, 0.0, blocks), axis=0)
+    return total.reshape(*dq.shape[1:3], -1, dq.shape[4])[:, :, : dq.shape[3]]
 
 
 class Order:
     """Whose turn it is to add to the sums of some queries.
 
     A counter for each SPAN blocks of queries holds how many tiles of keys, from the last one on, have none left to add;
-    a program waits for that of its tile's successor. Programs are numbered from the last tile on, and start by their
-    numbers, so that the one that is waited for runs.
+    a program waits for that of its tile's successor. Programs are numbered from the last tile on. That they start by
+    their numbers CUDA does not promise, but GPUs do; else one could wait for a program that has no place to run.
     """
 
     def __init__(self, program: Program, q_start: Any, q_stop: Any, member: Any, counters: Any):
@@ -161,7 +178,7 @@ def sum_dq(program: Program, q_start: Any, q_stop: Any, k_tile: Any, sums: DqSum
 
     The interpreter knows neither counters nor sums by copies: there dq has the sums of each program by themselves.
     """
-    (dq, staged, scores), shapes, interpreted = sums, program.shapes, stage is not None
+    (dq, staged, ds), shapes, interpreted = sums, program.shapes, stage is not None
     batch = dq.shape[0] // (program.row_tiles if interpreted else 1)
     counted = None if interpreted else counters(program, batch)
 
@@ -172,20 +189,20 @@ def sum_dq(program: Program, q_start: Any, q_stop: Any, k_tile: Any, sums: DqSum
         @pl.loop(visited.start, visited.stop)
         def _(j):
             n = taken + j - visited.start
-            slot, place = scores.slot(n), afresh(lax.rem(n, jnp.int32(STAGED)))
-            plgpu.barrier_wait(scores.ready.at[slot])
+            slot, place = ds.slot(n), afresh(lax.rem(n, jnp.int32(DQ_STAGES)))
+            plgpu.barrier_wait(ds.ready.at[slot])
 
             def over_keys(acc):
                 for warpgroup in range(program.block.warpgroups):
-                    multiply(acc, scores.ring.at[slot, warpgroup].T, k_tile.at[warpgroup], stage)
+                    multiply(acc, ds.ring.at[slot, warpgroup].T, k_tile.at[warpgroup], stage)
                 if order:
                     order.enter(j)
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(scores.free.at[slot])
+                plgpu.barrier_arrive(ds.free.at[slot])
                 return acc[...]
 
             x = pl.run_scoped(over_keys, product((WARPGROUP_ROWS, k_tile.shape[2])))
-            plgpu.wait_smem_to_gmem(STAGED - 1, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(DQ_STAGES - 1, wait_read_only=True)
             staged[place] = x
             plgpu.commit_smem()
             head, queries = program.head * shapes.members + member, pl.ds(j * WARPGROUP_ROWS, WARPGROUP_ROWS)

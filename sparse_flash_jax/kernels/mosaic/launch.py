@@ -1,4 +1,4 @@
-"""What the three Hopper kernels share outside of them: padding, shared memory and the launch itself."""
+"""What the Hopper kernels share outside of them: padding, shared memory and the launch itself."""
 
 import functools
 import inspect
@@ -52,7 +52,7 @@ def launch(
         bounds: start and stop of each row's run of columns; A divides N.
         rows: [B N|K L H] or [B N L]: what a tile of rows holds of its own.
         columns: [B K|N M H] or [B N M]: what streams past it.
-        outputs: of their shapes and dtypes, with the rows' batch, heads and length.
+        outputs: of their shapes and dtypes, [B A L H] or [B A L].
         scratch: shared memory and barriers.
         scale: factor on the scores.
         block: the tile.
