@@ -1,6 +1,7 @@
 """The whole of sparse attention on a GPU, compiled: `python -m pytest -m gpu`."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from jax.test_util import check_grads
 
 import sparse_flash_jax as sfj
-from sparse_flash_jax.kernels.config import triton_config
+from sparse_flash_jax.kernels.config import mosaic_config, triton_config
 from sparse_flash_jax.kernels.implementations import check_implementation, pick_implementation
 from tests import definition
 from tests.budget import assert_within_budget, with_gradients
@@ -88,6 +89,36 @@ def test_repeats_bit_by_bit(attend):
                 np.testing.assert_array_equal(x, y, name)
 
 
+@pytest.fixture
+def hopper():
+    if pick_implementation("bfloat16", 64) != "mosaic":
+        pytest.skip("needs a Hopper GPU")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.usefixtures("hopper")
+def test_more_programs_than_run_at_a_time(causal):
+    """1,536 programs, of which many wait for one that is not running yet when the first ones start."""
+    case = Case(Shape(B=2, T=8192, N=12, H=64), CAUSAL, "bfloat16")
+    keep = jnp.ones((1, 8192, 1), bool)
+    plan, inputs = sfj.qk_sparse(keep, keep, causal=causal), case.inputs()
+    fused = mosaic_config(64, long_runs=True)
+    assert fused.fused
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def attend(inputs, config):
+        attention = functools.partial(sfj.sparse_attention, plan=plan, config=config, return_residual=True)
+        return with_gradients(attention, inputs)
+
+    got, apart = attend(inputs, fused), attend(inputs, dataclasses.replace(fused, fused=False))
+    for name, x, y in zip(got._fields, got, apart, strict=True):
+        x, y = (np.asarray(z, np.float32) for z in (x, y))
+        assert np.linalg.norm(x - y) <= 5e-3 * np.linalg.norm(y), name
+    for _ in range(5):
+        np.testing.assert_array_equal(attend(inputs, fused).dq, got.dq)
+
+
+@pytest.mark.usefixtures("hopper")
 def test_long_runs_under_vmap_bit_by_bit():
     """Programs add to dq in the order of counters, which mapped calls must not share."""
     case = Case(Shape(B=8, T=700, N=4, K=2, H=64), CAUSAL, "bfloat16")

@@ -207,3 +207,14 @@ def test_density_counts_against_dense_causal(queries, keys, pairs):
 def test_plan_is_a_pytree_of_int32():
     leaves = jax.tree.leaves(definition.plan(BY_NAME["B2-T63-N4-K2-H32-hash16-f32"]))
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("int32")}
+
+
+@pytest.mark.parametrize(
+    ("name", "long_runs"),
+    [("causal", True), ("window9", True), ("qk50", True), ("hash16", False), ("packed_window5", False)],
+)
+def test_long_runs_where_nothing_divides_tokens(name, long_runs):
+    case = BY_NAME[f"B2-T63-N4-K2-H32-{name}-f32"]
+    plan, keep = definition.plan(case), case.arrays().get("key_keep")
+    assert plan.long_runs == long_runs
+    np.testing.assert_array_equal(plan.kept_keys, 63 if keep is None else keep.sum(axis=1))
