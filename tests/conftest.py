@@ -20,6 +20,13 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, m
 hypothesis.settings.load_profile("tests")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_what_was_compiled():
+    """Compiled functions take memory maps, of which Linux gives a process 65,530: too few for all the tests'."""
+    yield
+    jax.clear_caches()
+
+
 def pytest_configure(config):
     # Compiling is most of the time that the tests take, and workers compile much the same.
     if getattr(config, "cache", None) is None:
