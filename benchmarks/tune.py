@@ -26,7 +26,7 @@ from passes import make_plan
 from selection import Case, Shape, buckets_pattern, causal
 from timing import measure
 
-from sparse_flash_jax.kernels.config import Blocks, Config, HopperBlocks
+from sparse_flash_jax.kernels.config import FUSED_HEAD_DIM, Blocks, Config, HopperBlocks
 from sparse_flash_jax.kernels.implementations import check_implementation, kernels_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -74,6 +74,8 @@ def main() -> None:
                         f"H{head_dim} {PATTERNS[long_runs].name:<7} {name:<8}{1e3 * seconds:>8.3f} ms  {blocks}",
                         flush=True,
                     )
+                if tasks and not ranked:
+                    raise RuntimeError(f"no tile of {name} could be compiled and timed at head dim {head_dim}.")
                 best[name] = ranked[0] if ranked else (math.inf, None)
             rows.append(kind | _row(best))
 
@@ -110,7 +112,7 @@ def _candidates(implementation: str, name: str, head_dim: int, *, long_runs: boo
                 yield Blocks(rows, columns, warps, stages)
         return
     if name == FUSED:
-        for stages in (2, 3, 4) if head_dim <= 64 else ():
+        for stages in (2, 3, 4) if head_dim <= FUSED_HEAD_DIM else ():
             yield HopperBlocks(2, 64, stages, rows_in_registers=True)
         return
     # A program walks through several tiles where runs are short, and takes turns where they are long.

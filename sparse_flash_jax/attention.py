@@ -77,8 +77,9 @@ def sparse_attention(q, k, v, plan, *, scale=None, implementation=None, config=N
     q = gather(q, plan.query_order, plan.query_slot)
     k = gather(k, plan.key_order, plan.key_slot)
     v = gather(v, plan.key_order, plan.key_slot)
-    options = {"scale": scale, "implementation": implementation, "config": config}
-    o, lse = interval_attention(q, k, v, plan.runs, long_runs=plan.long_runs, **options)
+    o, lse = interval_attention(
+        q, k, v, plan.runs, scale=scale, implementation=implementation, config=config, long_runs=plan.long_runs
+    )
     out = restore(o, plan.query_order, plan.query_slot)
     return (out, _restore_lse(lse, plan)) if return_residual else out
 

@@ -80,7 +80,8 @@ def test_programs_add_in_one_order(monkeypatch, kind, keys, queries):
     def run(tile):
         try:
             program = program_of(shapes, tile)
-            order, visited = dq_sums.Order(program, start, stop, 0, counters), program.columns(0, start, stop)
+            visited = program.columns(0, start, stop)
+            order = dq_sums.Order(program, visited, start, stop, 0, counters)
             for j in range(int(visited.start), int(visited.stop)):
                 time.sleep(random.random() * 1e-3)
                 order.enter(j)

@@ -19,8 +19,8 @@ from sparse_flash_jax.kernels.config import Config, HopperBlocks
 from sparse_flash_jax.kernels.mosaic.dq_sums import (
     DqSums,
     DsRing,
+    compute_sum_and_load,
     heads_beside,
-    roles_of,
     sum_dq,
     sum_of_programs,
     sums_scratch,
@@ -39,7 +39,6 @@ from sparse_flash_jax.kernels.mosaic.pipeline import (
     compute_tiles,
     load_columns,
     over_members,
-    split_roles,
 )
 from sparse_flash_jax.kernels.mosaic.products import (
     BY_COLUMN,
@@ -207,7 +206,7 @@ def _dkv_kernel(
     if sums_of_dq is None:
         return compute_and_load(block, computing, loading)
     summing = functools.partial(sum_dq, program, q_start, q_stop, k_tile, sums_of_dq, stage)
-    return split_roles(*roles_of(block.warpgroups, computing, summing, loading))
+    return compute_sum_and_load(block.warpgroups, computing, summing, loading)
 
 
 def backward_dkv(

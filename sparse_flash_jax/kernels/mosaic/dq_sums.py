@@ -19,9 +19,10 @@ from jaxtyping import Array, Float32
 
 from sparse_flash_jax.kernels.config import HopperBlocks
 from sparse_flash_jax.kernels.mosaic.launch import buffers
-from sparse_flash_jax.kernels.mosaic.pipeline import Role, over_members
+from sparse_flash_jax.kernels.mosaic.pipeline import Role, over_members, split_roles
 from sparse_flash_jax.kernels.mosaic.products import afresh, multiply, product
 from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Program
+from sparse_flash_jax.kernels.tiles import TileRange
 
 DS_STAGES = 3
 """Blocks of ds on their way to the warpgroup that sums dq."""
@@ -94,11 +95,11 @@ def heads_beside(heads: int, length: int, head_dim: int) -> int:
     return next(n for n in range(most, 0, -1) if heads % n == 0)
 
 
-def roles_of(
+def compute_sum_and_load(
     warpgroups: int, compute: Callable[[], None], sum_up: Callable[[], None], load: Callable[[], None]
-) -> list[Role]:
-    """Returns what the warpgroups of such a program do, with registers to suit."""
-    return [Role(warpgroups, 208, compute), Role(1, 72, sum_up), Role(1, 24, load)]
+) -> None:
+    """Runs `sum_up` and `load` on the last two warpgroups and `compute` on the others, with registers to suit."""
+    split_roles(Role(warpgroups, 208, compute), Role(1, 72, sum_up), Role(1, 24, load))
 
 
 def sum_of_programs(dq: Float32[Array, "P B N T H"]) -> Float32[Array, "B N T H"]:
@@ -118,14 +119,14 @@ class Order:
     their numbers CUDA does not promise, but GPUs do; else one could wait for a program that has no place to run.
     """
 
-    def __init__(self, program: Program, q_start: Any, q_stop: Any, member: Any, counters: Any):
+    def __init__(self, program: Program, visited: TileRange, q_start: Any, q_stop: Any, member: Any, counters: Any):
         shapes, tile = program.shapes, program.tile(0)
         spans = pl.cdiv(shapes.column_tiles, SPAN)
         head = program.head * shapes.members + member
         self._counters, self._first = counters, (program.batch * shapes.heads + head) * spans
         neighbour = lambda i: lax.clamp(jnp.int32(0), tile + i, program.row_tiles - 1)
         self._before, self._after = (program.columns_of(neighbour(i), q_start, q_stop, member) for i in (1, -1))
-        self._own = program.columns(0, q_start, q_stop, member)
+        self._own = visited
         self._is_first, self._is_last = tile == program.row_tiles - 1, tile == 0
         self._done, self._tiles = program.row_tiles - tile, program.row_tiles
 
@@ -184,7 +185,7 @@ def sum_dq(program: Program, q_start: Any, q_stop: Any, k_tile: Any, sums: DqSum
 
     def of_member(member: Any, taken: Any) -> Any:
         visited = program.columns(0, q_start, q_stop, member)
-        order = None if interpreted else Order(program, q_start, q_stop, member, counted)
+        order = None if interpreted else Order(program, visited, q_start, q_stop, member, counted)
 
         @pl.loop(visited.start, visited.stop)
         def _(j):

@@ -7,7 +7,7 @@ keys of its bucket that are counted in the same way. Nothing is sorted, searched
 
 import functools
 import math
-import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Int32
 
 from sparse_flash_jax.kernels.tiles import Runs
+from sparse_flash_jax.kernels.triton.launch import triton_call
 
 CHUNK = 256  # a count of the other tokens of a chunk fits a byte
 WORDS = 8  # of four counts each, that are in registers at a time
@@ -55,11 +56,7 @@ def count_tokens(
         exclude_self: whether it does not see the key of its own position, either.
         interpret: whether to run in Pallas' interpreter.
     """
-    batch, (query_heads, queries), (key_heads, keys) = (
-        query_bucket.shape[0],
-        query_bucket.shape[1:],
-        key_bucket.shape[1:],
-    )
+    (batch, query_heads, queries), (_, key_heads, keys) = query_bucket.shape, key_bucket.shape
     heads = max(query_heads, key_heads)
     chunks = pl.cdiv(max(queries, keys), CHUNK)
     # Beyond the length tokens are dropped, behind all others. Rows: all heads of queries, then all of keys.
@@ -67,7 +64,7 @@ def count_tokens(
     ids = jnp.concatenate([pad(x).reshape(-1, chunks * CHUNK) for x in (query_bucket, key_bucket)])
     columns = pl.cdiv(buckets + 1, 4 * WORDS) * 4 * WORDS
     call = functools.partial(_call, interpret=interpret, like=ids)
-    counts = call(_count, [(len(ids), chunks, columns)], (chunks, len(ids)), "count_buckets", 4)(ids)
+    (counts,) = call(_count, [(len(ids), chunks, columns)], (chunks, len(ids)), "count_buckets", 4)(ids)
     before, edges = call(_sum, [counts.shape, (len(ids), 2, columns)], (len(ids),), "sum_buckets", 8)(counts)
     rank = functools.partial(
         _rank,
@@ -96,20 +93,11 @@ def count_tokens(
 
 
 def _call(
-    kernel: Any, shapes: Any, grid: tuple[int, ...], name: str, warps: int, *, interpret: bool, like: Array
-) -> Any:
-    # Raised anew at each lowering; this one message, and no other, is silenced.
-    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-    varying = jax.typeof(like).manual_axis_type
-    outputs = [jax.ShapeDtypeStruct(shape, jnp.int32, manual_axis_type=varying) for shape in shapes]
-    return pl.pallas_call(
-        kernel,
-        out_shape=outputs if len(outputs) > 1 else outputs[0],
-        grid=grid,
-        compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=1),
-        interpret=interpret,
-        name=name,
-    )
+    kernel: Callable, shapes: Any, grid: tuple[int, ...], name: str, num_warps: int, *, interpret: bool, like: Array
+) -> Callable[..., list[Array]]:
+    outputs = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
+    options = {"num_warps": num_warps, "num_stages": 1, "interpret": interpret, "name": name}
+    return triton_call(kernel, outputs, like=like, grid=grid, **options)
 
 
 def _count(ids_ref, counts_ref):

@@ -54,10 +54,7 @@ def launch(
     tiles = pl.cdiv(rows[0].shape[2], block.rows)
     start, stop = (pad_bounds(x, block.rows) for x in bounds)
     order = longest_first(start, stop, block, last_first=last_first, batch=batch, heads=heads, group=heads // row_heads)
-    # Raised anew at each lowering; this one message, and no other, is silenced.
-    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-    varying = jax.typeof(rows[0]).manual_axis_type
-    call = pl.pallas_call(
+    call = triton_call(
         functools.partial(
             kernel,
             scale=scale,
@@ -67,12 +64,11 @@ def launch(
             tiles=tiles,
             precision=_precision(rows[0].dtype, config),
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct(padded_shape(x.shape, block.rows, triton_head_dim), x.dtype, manual_axis_type=varying)
-            for x in outputs
-        ],
+        [jax.ShapeDtypeStruct(padded_shape(x.shape, block.rows, triton_head_dim), x.dtype) for x in outputs],
+        like=rows[0],
         grid=(batch * row_heads * tiles,),
-        compiler_params=pltriton.CompilerParams(num_warps=block.num_warps, num_stages=block.num_stages),
+        num_warps=block.num_warps,
+        num_stages=block.num_stages,
         interpret=config.interpret,
         name=name,
     )
@@ -80,6 +76,31 @@ def launch(
     columns = [pad(x, block.columns, triton_head_dim) for x in columns]
     padded = call(order, start, stop, *rows, *columns)
     return [lax.slice(x, (0,) * x.ndim, like.shape) for x, like in zip(padded, outputs, strict=True)]
+
+
+def triton_call(
+    kernel: Callable,
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    *,
+    like: Array,
+    grid: tuple[int, ...],
+    num_warps: int,
+    num_stages: int,
+    interpret: bool,
+    name: str,
+) -> Callable[..., list[Array]]:
+    """Returns a kernel as a function of its operands; its outputs vary over the mesh axes that `like` varies over."""
+    # Raised anew at each lowering; this one message, and no other, is silenced.
+    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+    varying = jax.typeof(like).manual_axis_type
+    return pl.pallas_call(
+        kernel,
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for x in outputs],
+        grid=grid,
+        compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        interpret=interpret,
+        name=name,
+    )
 
 
 def _check_block(block: Blocks) -> None:
