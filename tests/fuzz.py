@@ -210,12 +210,14 @@ def _judges(scale, inputs, plan):
     In a short dtype the error of dense attention alone is too small a budget where a tensor has few elements, or a
     query sees few keys: 13 of 400 right cases were beyond it. So the peer also errs by a rounding of each output, and
     by what all flash attention does, whose backward pass has o rounded: that errs in delta, as a cotangent of lse does,
-    by the norm of o's roundings times do. (The sum of one set of roundings may by chance be nearly 0.)
+    by the norm of o's roundings times do. (The sum of one set of roundings may by chance be nearly 0.) From dp
+    delta is taken, each a float32 sum of H products one after another: as if sqrt(H / 2) roundings befell each product.
     """
-    batch, length, heads, _ = inputs.q.shape
+    batch, length, heads, head_dim = inputs.q.shape
     mask = jnp.broadcast_to(repeat_heads(plan.mask(), heads), (batch, heads, length, inputs.k.shape[1]))
     exact, plain = truth(inputs, mask, scale), dense(inputs, mask, scale)
-    delta_error = jnp.linalg.norm(_rounding(exact.o, inputs.q.dtype) * inputs.do.astype(jnp.float32), axis=-1)
+    roundings = _rounding(exact.o, inputs.q.dtype) + math.sqrt(head_dim) * _rounding(exact.o, jnp.float32)
+    delta_error = jnp.linalg.norm(roundings * inputs.do.astype(jnp.float32), axis=-1)
     flash = truth(inputs._replace(dlse=inputs.dlse - delta_error), mask, scale)
     return exact, jax.tree.map(_worst, exact, plain, flash), mask
 
