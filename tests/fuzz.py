@@ -216,7 +216,7 @@ def _judges(scale, inputs, plan):
     batch, length, heads, head_dim = inputs.q.shape
     mask = jnp.broadcast_to(repeat_heads(plan.mask(), heads), (batch, heads, length, inputs.k.shape[1]))
     exact, plain = truth(inputs, mask, scale), dense(inputs, mask, scale)
-    roundings = _rounding(exact.o, inputs.q.dtype) + math.sqrt(head_dim) * _rounding(exact.o, jnp.float32)
+    roundings = _rounding(exact.o, inputs.q.dtype) + math.sqrt(head_dim) * _rounding(exact.o, jnp.dtype(jnp.float32))
     delta_error = jnp.linalg.norm(roundings * inputs.do.astype(jnp.float32), axis=-1)
     flash = truth(inputs._replace(dlse=inputs.dlse - delta_error), mask, scale)
     return exact, jax.tree.map(_worst, exact, plain, flash), mask

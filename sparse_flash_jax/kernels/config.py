@@ -137,9 +137,11 @@ def mosaic_config(head_dim: int, *, long_runs: bool) -> Config[HopperBlocks]:
         )
     if head_dim > 64:
         return Config(
-            forward=HopperBlocks(warpgroups=2, columns=128, num_stages=2, turns=True, overlap=True),
+            forward=HopperBlocks(warpgroups=2, columns=128, num_stages=2, turns=True, overlap=True)
+            if long_runs
+            else HopperBlocks(warpgroups=3, columns=64, num_stages=3, overlap=True),
             dq=HopperBlocks(warpgroups=2, columns=128 if long_runs else 64, num_stages=2, turns=long_runs),
-            dkv=HopperBlocks(warpgroups=2, columns=64, num_stages=2),
+            dkv=HopperBlocks(warpgroups=2, columns=64, num_stages=2, turns=long_runs),
         )
     if long_runs:
         return Config(
