@@ -8,9 +8,9 @@ from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray
 from sparse_flash_jax.hashing import lsh_buckets
 from sparse_flash_jax.kernels.config import Config
 from sparse_flash_jax.kernels.implementations import check_implementation
-from sparse_flash_jax.kernels.interval import interval_attention
+from sparse_flash_jax.kernels.interval import permuted_attention
 from sparse_flash_jax.patterns import hash_sparse, qk_sparse
-from sparse_flash_jax.permute import gather, restore
+from sparse_flash_jax.permute import restore
 from sparse_flash_jax.plan import AttentionPlan
 from sparse_flash_jax.validation import check_attention_inputs, check_scale
 
@@ -74,13 +74,18 @@ def sparse_attention(q, k, v, plan, *, scale=None, implementation=None, config=N
     check_implementation(implementation, q.dtype, q.shape[-1], config)
     _check_plan(plan, q, k)
 
-    q = gather(q, plan.query_order, plan.query_slot)
-    k = gather(k, plan.key_order, plan.key_slot)
-    v = gather(v, plan.key_order, plan.key_slot)
-    o, lse = interval_attention(
-        q, k, v, plan.runs, scale=scale, implementation=implementation, config=config, long_runs=plan.long_runs
+    out, lse = permuted_attention(
+        q,
+        k,
+        v,
+        plan.runs,
+        plan.queries,
+        plan.keys,
+        scale=scale,
+        implementation=implementation,
+        config=config,
+        long_runs=plan.long_runs,
     )
-    out = restore(o, plan.query_order, plan.query_slot)
     return (out, _restore_lse(lse, plan)) if return_residual else out
 
 
@@ -123,8 +128,10 @@ def hash_sparse_attention(
     """
     check_attention_inputs(q, k, v)
     query_bucket = lsh_buckets(q, num_buckets, key, num_rotations=k.shape[2])
-    key_bucket = lsh_buckets(k, num_buckets, key)
-    plan = hash_sparse(query_bucket, key_bucket, causal=causal, exclude_self=exclude_self, window=window)
+    key_bucket = query_bucket if k is q else lsh_buckets(k, num_buckets, key)
+    plan = hash_sparse(
+        query_bucket, key_bucket, causal=causal, exclude_self=exclude_self, window=window, num_buckets=num_buckets
+    )
     return sparse_attention(q, k, v, plan, scale=scale, implementation=implementation, return_residual=return_residual)
 
 
@@ -174,7 +181,7 @@ def qk_sparse_attention(
 
 
 def _restore_lse(lse: Float32[Array, "B N Tc"], plan: AttentionPlan) -> Float32[Array, "B T N"]:
-    restored = restore(lse[..., None], plan.query_order, plan.query_slot)[..., 0]
+    restored = restore(lse[..., None], plan.queries)[..., 0]
     if plan.query_slot is None or plan.runs.k_start.shape[-1] == plan.query_length:
         return restored
     has_slot = plan.query_slot < plan.runs.k_start.shape[-1]

@@ -125,6 +125,7 @@ def hash_sparse(
     exclude_self: bool = False,
     *,
     window: int | None = None,
+    num_buckets: int | None = None,
 ) -> AttentionPlan:
     """Plans attention in which a query sees the keys of its own bucket (hash-sparse).
 
@@ -134,6 +135,7 @@ def hash_sparse(
         causal: whether a query sees no later key.
         exclude_self: whether a query also does not see the key of its own position.
         window: positions that a query looks back, its own included; None for all.
+        num_buckets: says that ids are in [0, num_buckets), by which GPUs plan many times faster (see `make_plan`).
 
     Returns:
         The plan. A query that is alone in its bucket outputs 0 with zero gradients.
@@ -144,7 +146,12 @@ def hash_sparse(
     Source: "Faster Causal Attention Over Large Sequences Through Sparse Flash Attention", arXiv 2306.01160, 3.2.
     """
     return make_plan(
-        query_group=query_bucket, key_group=key_bucket, causal=causal, exclude_self=exclude_self, window=window
+        query_group=query_bucket,
+        key_group=key_bucket,
+        causal=causal,
+        exclude_self=exclude_self,
+        window=window,
+        num_buckets=num_buckets,
     )
 
 

@@ -1,29 +1,35 @@
 """Rows into slot order and back. Each direction's gradient is the other's gather, so nothing is ever scatter-added."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 
-def gather(
-    x: Float[Array, "B L A H"], order: Int32[Array, "#B #A C"] | None, slot: Int32[Array, "#B #A L"] | None
-) -> Float[Array, "B A C H"]:
+class Permutation(NamedTuple):
+    """Which position each slot of one side of a plan holds. Batch and head axes may be 1, to stand for any size."""
+
+    order: Int32[Array, "B A C"]
+    """Position of the token in each slot."""
+    slot: Int32[Array, "B A L"]
+    """Slot of the token at each position, C or more where it has none."""
+
+
+def gather(x: Float[Array, "B L A H"], permutation: Permutation | None) -> Float[Array, "B A _C H"]:
     """Returns the rows of x in slot order, and the layout changed from [B L A H] to [B A C H].
 
     Args:
         x: [B L A H], by position.
-        order: int32 [B|1 A|1 C], the position of each slot; None where slots are positions.
-        slot: int32 [B|1 A|1 L], the slot of each position, C or more for none; None with order None.
+        permutation: of L positions; None where slots are positions.
     """
     x = jnp.swapaxes(x, 1, 2)
-    return x if order is None or slot is None else _permute(x, order, slot)
+    return x if permutation is None else _permute(x, *permutation)
 
 
-def restore(
-    x: Float[Array, "B A C H"], order: Int32[Array, "#B #A C"] | None, slot: Int32[Array, "#B #A L"] | None
-) -> Float[Array, "B L A H"]:
+def restore(x: Float[Array, "B A C H"], permutation: Permutation | None) -> Float[Array, "B _L A H"]:
     """Returns the rows of x by position: the inverse of `gather`. A position without a slot gets 0."""
-    x = x if order is None or slot is None else _permute(x, slot, order)
+    x = x if permutation is None else _permute(x, permutation.slot, permutation.order)
     return jnp.swapaxes(x, 1, 2)
 
 

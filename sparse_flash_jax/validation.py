@@ -53,6 +53,18 @@ def check_window(window: int | None, *, causal: bool, exclude_self: bool) -> Non
         )
 
 
+def check_num_buckets(num_buckets: Any, query_groups: tuple, key_groups: tuple) -> None:
+    """Raises where a number of buckets is not a positive int, or there is not one group a side."""
+    if num_buckets is None:
+        return
+    positive_int("num_buckets", num_buckets)
+    if len(query_groups) != 1 or len(key_groups) != 1:
+        raise ValueError(
+            "num_buckets says that the ids of one group a side are below it, "
+            f"got {len(query_groups)} query and {len(key_groups)} key groups; leave num_buckets out."
+        )
+
+
 def check_offset(query_offset: Any) -> None:
     """Raises TypeError unless the offset is an int or an int32 scalar, ValueError where an int is too large."""
     if isinstance(query_offset, int | np.integer) and not isinstance(query_offset, bool):

@@ -59,6 +59,8 @@ class Pattern:
     query_offset: int = 0
     query_capacity: int | None = None
     key_capacity: int | None = None
+    num_buckets: int | None = None
+    """Of ids that are known to be in [0, num_buckets)."""
 
     @property
     def rule(self) -> dict[str, Any]:
@@ -67,7 +69,7 @@ class Pattern:
 
     @property
     def options(self) -> dict[str, Any]:
-        """All arguments of `make_plan` that are not arrays."""
+        """The arguments of `make_plan` that are not arrays and decide what is visible."""
         return {**self.rule, "query_capacity": self.query_capacity, "key_capacity": self.key_capacity}
 
 
@@ -108,7 +110,11 @@ class Case:
 
     def plan_arguments(self) -> dict[str, Any]:
         """The keyword arguments of `make_plan`, which wants groups or keep masks among them."""
-        return {**jax.tree.map(jnp.asarray, self.arrays()), **self.pattern.options}
+        return {
+            **jax.tree.map(jnp.asarray, self.arrays()),
+            **self.pattern.options,
+            "num_buckets": self.pattern.num_buckets,
+        }
 
     def plan(self) -> sfj.AttentionPlan:
         """The plan; `sfj.causal` where nothing is grouped or dropped."""
@@ -219,7 +225,7 @@ def crossed_segments(rng: np.random.Generator, shape: Shape) -> Arrays:
 
 causal = Pattern("causal")
 window9 = Pattern("window9", window=9)
-hash16 = Pattern("hash16", buckets(16))
+hash16 = Pattern("hash16", buckets(16), num_buckets=16)
 hash4 = Pattern("hash4", buckets(4))
 qk50 = Pattern("qk50", kept(0.5, 0.5))
 packed = Pattern("packed", documents)
@@ -237,11 +243,11 @@ _OF_BASE = (
     dataclasses.replace(everything, name="packed_hash3_qk50_window9", window=9),
     dataclasses.replace(packed, name="packed_window5", window=5),
     dataclasses.replace(packed, name="packed_both_ways", causal=False),
-    Pattern("hash4_window9", buckets(4), window=9),
+    Pattern("hash4_window9", buckets(4), window=9, num_buckets=4),
     Pattern("hash4_window_past_end", buckets(4), window=2**40),
-    Pattern("hash4_exclude_self", buckets(4), exclude_self=True),
+    Pattern("hash4_exclude_self", buckets(4), exclude_self=True, num_buckets=4),
     Pattern("hash4_exclude_self_window9", buckets(4), exclude_self=True, window=9),
-    Pattern("hash4_both_ways", buckets(4), causal=False),
+    Pattern("hash4_both_ways", buckets(4), causal=False, num_buckets=4),
     Pattern("hash4_both_ways_window9", buckets(4), causal=False, window=9),
     Pattern("hash4_offset_7", buckets(4), query_offset=7),
     Pattern("hash4_offset_minus_20", buckets(4), query_offset=-20),
@@ -289,7 +295,7 @@ BY_NAME = {str(case): case for case in CASES}
 
 def buckets_pattern(count: int) -> Pattern:
     """So many random buckets."""
-    return Pattern(f"hash{count}", buckets(count))
+    return Pattern(f"hash{count}", buckets(count), num_buckets=count)
 
 
 def dropping(percent: int, length: int) -> Pattern:
@@ -324,8 +330,8 @@ BENCHMARKS = (
             Pattern("window1024", window=1024),
             hash16,
             buckets_pattern(64),
-            Pattern("skewed16", half_in_one(16)),
-            Pattern("one_bucket", buckets(1)),
+            Pattern("skewed16", half_in_one(16), num_buckets=16),
+            Pattern("one_bucket", buckets(1), num_buckets=1),
             *(dropping(percent, t) for percent in (30, 50, 70)),
             packed,
         )

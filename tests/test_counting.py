@@ -74,6 +74,83 @@ def test_all_dropped(who):
     assert_same_plan(counted(ids, keep, 4, causal=True, exclude_self=False), plan)
 
 
+PLANS = {
+    "buckets": ({}, True),
+    "shared": ({"shared": True}, True),
+    "exclude_self": ({"exclude_self": True, "shared": True}, True),
+    "both_ways": ({"causal": False}, True),
+    "dropped": ({"dropped": 0.4}, True),
+    "window": ({"window": 30}, False),
+    "offset": ({"query_offset": 7}, False),
+    "capacity": ({"dropped": 0.4, "query_capacity": 290}, False),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plans_of_known_buckets_are_counted(monkeypatch, name):
+    """The same plan as without the number of buckets, and the kernels asked for where they can make it."""
+    options, by_counting = PLANS[name]
+    options, called = dict(options), []
+
+    def kernels():
+        called.append(name)
+        return functools.partial(count_tokens, interpret=True)
+
+    monkeypatch.setattr("sparse_flash_jax.plan.counting_kernels", kernels)
+    ids, keep = sides(Shape(B=2, T=300, N=2, K=1, H=1), 5, options.pop("dropped", 0.0))
+    ids = [ids[0], ids[0]] if options.pop("shared", False) else ids
+    if "dropped" in PLANS[name][0]:
+        options |= {"query_keep": keep[0], "key_keep": keep[1]}
+    expected = sfj.make_plan(query_group=ids[0], key_group=ids[1], **options)
+    got = sfj.make_plan(query_group=ids[0], key_group=ids[1], num_buckets=5, **options)
+    assert bool(called) == by_counting
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [*SHAPES.values(), (Shape(B=2, T=16_384, N=12, H=1), 16), (Shape(B=1, T=100_000, N=3, H=1), 200)],
+)
+def test_counted_on_a_gpu(shape, count, dropped, causal):
+    ids, keep = sides(shape, count, 0.3)
+
+    def plan(ids, keep, **options):
+        keeps = {"query_keep": keep[0], "key_keep": keep[-1]} if dropped else {}
+        return sfj.make_plan(query_group=ids[0], key_group=ids[-1], causal=causal, **keeps, **options)
+
+    for n in (1, 2) if shape.keys == shape.T else (2,):  # the same array on both sides is planned once
+        got = jax.jit(functools.partial(plan, num_buckets=count))(ids[:n], keep[:n])
+        jax.tree.map(np.testing.assert_array_equal, got, plan(ids[:n], keep[:n]))
+
+
+@pytest.mark.parametrize("counted_too", [False, True])
+def test_ids_that_are_no_bucket(monkeypatch, counted_too):
+    """Refused where ids are known, dropped where they are traced."""
+    kernels = functools.partial(count_tokens, interpret=True) if counted_too else None
+    monkeypatch.setattr("sparse_flash_jax.plan.counting_kernels", lambda: kernels)
+    ids, _ = sides(Shape(B=1, T=300, N=2, H=1), 8, 0.0)
+    with pytest.raises(ValueError, match=r"query_group must be in \[0, num_buckets=5\)"):
+        sfj.hash_sparse(ids[0], ids[1], num_buckets=5)
+    got = jax.jit(lambda ids: sfj.hash_sparse(ids[0], ids[1], num_buckets=5))(ids)
+    keep = [x < 5 for x in ids]
+    expected = sfj.make_plan(query_group=ids[0], key_group=ids[1], query_keep=keep[0], key_keep=keep[1])
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_vmap(monkeypatch):
+    monkeypatch.setattr(
+        "sparse_flash_jax.plan.counting_kernels", lambda: functools.partial(count_tokens, interpret=True)
+    )
+    ids, _ = sides(Shape(B=3, T=300, N=2, H=1), 8, 0.0)
+    split = [x[:, None] for x in ids]
+    got = jax.vmap(lambda query, key: sfj.hash_sparse(query, key, num_buckets=8))(*split)
+    expected = jax.vmap(lambda query, key: sfj.hash_sparse(query, key))(*split)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
 @pytest.mark.parametrize("kind", GPUS)
 @pytest.mark.parametrize("count", [16, 256])
 def test_lowers_for_cuda(kind, count):

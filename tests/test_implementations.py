@@ -9,10 +9,16 @@ import numpy as np
 import pytest
 
 import sparse_flash_jax as sfj
-from sparse_flash_jax.kernels import implementations
+from sparse_flash_jax.kernels import implementations, rows
 from sparse_flash_jax.kernels.config import Blocks, Config, HopperBlocks, triton_config
-from sparse_flash_jax.kernels.implementations import IMPLEMENTATIONS, check_implementation, pick_implementation
+from sparse_flash_jax.kernels.implementations import (
+    IMPLEMENTATIONS,
+    check_implementation,
+    counting_kernels,
+    pick_implementation,
+)
 from sparse_flash_jax.kernels.interval import interval_attention
+from sparse_flash_jax.kernels.rows import row_kernels
 from tests.contract import RUNS, inputs
 
 CPU = jax.devices("cpu")[0]
@@ -69,6 +75,20 @@ def test_triton_without_such_a_gpu(device):
         check_implementation("triton", "float32", 64)
     device("Tesla V100-SXM2-16GB", "7.0")
     with pytest.raises(NotImplementedError, match="default device is Tesla V100-SXM2-16GB; use implementation='xla'"):
+        check_implementation("triton", "float32", 64)
+
+
+def test_a_jax_without_triton(device, monkeypatch):
+    """XLA serves what Triton's kernels did, plans and rows included."""
+    device("NVIDIA H100 80GB HBM3", "9.0")
+    assert counting_kernels() is not None
+    assert row_kernels("mosaic", interpret=False) is not None
+    for module in (implementations, rows):
+        monkeypatch.setattr(module, "has_triton", lambda: False)
+    assert [pick_implementation(dtype, 64) for dtype in ("bfloat16", "float32")] == ["mosaic", "xla"]
+    assert counting_kernels() is None
+    assert row_kernels("mosaic", interpret=False) is None
+    with pytest.raises(NotImplementedError, match="'triton' needs Pallas' Triton backend, which this JAX has not; use"):
         check_implementation("triton", "float32", 64)
 
 

@@ -102,7 +102,7 @@ def test_named_residuals_are_not_made_twice(arrays, how, forwards, sorts):
     jaxpr = jax.make_jaxpr(jax.grad(GRADIENTS[how], argnums=(0, 1, 2)))(q, k, v, *buckets)
     assert calls(jaxpr, "_backward") == 1
     assert primitives(jaxpr).count("sort") == sorts
-    assert calls(jaxpr, "_attention") == forwards
+    assert calls(jaxpr, "_attend") == forwards
 
 
 def layer(x, key):

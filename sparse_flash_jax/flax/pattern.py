@@ -105,6 +105,7 @@ class Hash:
             key_group=(*document, key_bucket),
             exclude_self=self.exclude_self,
             window=self.window,
+            num_buckets=None if document else self.num_buckets,
         )
 
 

@@ -4,7 +4,10 @@ Each is a module of functions `forward`, `backward_dq` and `backward_dkv`, impor
 has `backward` besides, both in one kernel, for a `Config` that is `fused`.
 """
 
+import functools
 import importlib
+import importlib.util
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +31,7 @@ IMPLEMENTATIONS = ("mosaic", "triton", "xla")
 
 _HEAD_DIM = 256
 """The largest of the GPU kernels."""
+_TRITON_CAPABILITY = 8.0
 _MOSAIC_DTYPES = ("bfloat16", "float16")  # those of operands in registers
 
 
@@ -77,6 +81,19 @@ def kernels_of(implementation: str) -> ModuleType:
     return importlib.import_module(f"sparse_flash_jax.kernels.{implementation}")
 
 
+def counting_kernels() -> Callable[..., Any] | None:
+    """Returns the kernels that plan by counting, or None where the default device or this JAX has none."""
+    if _compute_capability() < _TRITON_CAPABILITY or not has_triton():
+        return None
+    return importlib.import_module("sparse_flash_jax.kernels.triton.counting").count_tokens
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether this JAX has Pallas' Triton backend, which it means to drop."""
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+
+
 def default_config(implementation: str, *, dtype: Any, head_dim: int, runs: Runs, long_runs: bool = False) -> Config:
     """Returns the tiles that suit the shapes, the length of the runs and the default device."""
     if implementation == "xla":
@@ -104,11 +121,13 @@ def _what_lacks(implementation: str, dtype: Any, head_dim: int, *, interpret: bo
         return f"takes {' and '.join(_MOSAIC_DTYPES)}, got {jnp.dtype(dtype).name}"
     if head_dim > _HEAD_DIM:
         return f"has head dims up to {_HEAD_DIM}, got {head_dim}"
-    capability, needed = _compute_capability(), "9.0" if implementation == "mosaic" else "8.0 or more"
-    if interpret or (capability == 9.0 if implementation == "mosaic" else capability >= 8.0):
-        return None
-    kind = _default_device().device_kind
-    return f"needs an NVIDIA GPU of compute capability {needed}, and the default device is {kind}"
+    capability, needed = _compute_capability(), "9.0" if implementation == "mosaic" else f"{_TRITON_CAPABILITY} or more"
+    if not (interpret or (capability == 9.0 if implementation == "mosaic" else capability >= _TRITON_CAPABILITY)):
+        kind = _default_device().device_kind
+        return f"needs an NVIDIA GPU of compute capability {needed}, and the default device is {kind}"
+    if implementation == "triton" and not has_triton():
+        return "needs Pallas' Triton backend, which this JAX has not"
+    return None
 
 
 def _compute_capability() -> float:

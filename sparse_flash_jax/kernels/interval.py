@@ -1,13 +1,13 @@
 """Attention in which each query sees one run of keys: the gradient rule.
 
-Knows runs and nothing else of sparsity. The implementations compute forward, dQ and dK/dV; what they share is here.
+Knows runs and nothing else of sparsity. The implementations compute forward, dQ and dK/dV; what they share is here,
+and so is the way of rows into slot order and back, which backward passes go through too.
 """
 
 import functools
 import math
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
@@ -18,8 +18,10 @@ from sparse_flash_jax.kernels.implementations import (
     kernels_of,
     pick_implementation,
 )
+from sparse_flash_jax.kernels.rows import row_kernels, sum_of_products, to_positions, to_slots, to_slots_with_delta
 from sparse_flash_jax.kernels.tiles import Runs
 from sparse_flash_jax.manual_axes import vary_alike
+from sparse_flash_jax.permute import Permutation
 
 RESIDUAL_NAMES = ("sparse_attention_o", "sparse_attention_lse")
 """`checkpoint_name`s of o and lse: a remat policy that saves them does not run the forward kernel twice."""
@@ -56,42 +58,104 @@ def interval_attention(
         ValueError: if the implementation is unknown.
         NotImplementedError: if the named implementation cannot do it.
     """
+    return _call(q, k, v, runs, None, scale=scale, implementation=implementation, config=config, long_runs=long_runs)
+
+
+def permuted_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    runs: Runs,
+    queries: Permutation | None,
+    keys: Permutation | None,
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+    config: Config | None = None,
+    long_runs: bool = False,
+) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N Tc"]]:
+    """Returns `interval_attention` of rows by position: into slot order, and o back.
+
+    For the backward pass it keeps q, k and v in slot order, and o by position.
+
+    Args:
+        q: float [B T N H].
+        k: float [B S K H]; K divides N.
+        v: float [B S K H].
+        runs: as in `interval_attention`, by slot.
+        queries: slots of the queries; None where slots are positions.
+        keys: slots of the keys.
+        scale: as in `interval_attention`.
+        implementation: as in `interval_attention`.
+        config: as in `interval_attention`.
+        long_runs: as in `interval_attention`.
+
+    Returns:
+        o [B T N H] in q's dtype, 0 where a query has no slot or its run is empty; and lse float32 [B N Tc], by slot.
+
+    Raises:
+        ValueError, NotImplementedError: as `interval_attention`.
+    """
+    return _call(
+        q, k, v, runs, (queries, keys), scale=scale, implementation=implementation, config=config, long_runs=long_runs
+    )
+
+
+def _call(q, k, v, runs, orders, *, scale, implementation, config, long_runs):
     check_implementation(implementation, q.dtype, q.shape[-1], config)
     implementation = pick_implementation(q.dtype, q.shape[-1], config) if implementation is None else implementation
     if config is None:
         config = default_config(implementation, dtype=q.dtype, head_dim=q.shape[-1], runs=runs, long_runs=long_runs)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    q, k, v, runs = vary_alike((q, k, v, runs))
-    return _attention(q, k, v, runs, scale, implementation, config)
+    operands = vary_alike((q, k, v, runs, orders))
+    return _attention(*operands, scale, implementation, config)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attention(q, k, v, runs, orders, scale, implementation, config):
+    return _forward(q, k, v, runs, orders, scale, implementation, config)[0]
+
+
+def _forward(q, k, v, runs, orders, scale, implementation, config):
+    rows = row_kernels(implementation, interpret=config.interpret)
+    if orders is not None:
+        q, k, v = _to_slots((q, k, v), (orders[0], orders[1], orders[1]), rows)
+    o, lse = _attend(q, k, v, runs, scale, implementation, config)
+    if orders is not None:
+        (o,) = _to_positions((o,), orders[:1], rows)
+    o, lse = (checkpoint_name(x, name) for x, name in zip((o, lse), RESIDUAL_NAMES, strict=True))
+    return (o, lse), (q, k, v, runs, orders, o, lse)
+
+
+_to_slots = jax.jit(to_slots, static_argnums=2)
+_to_positions = jax.jit(to_positions, static_argnums=2)
+
+
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def _attention(q, k, v, runs, scale, implementation, config):
+def _attend(q, k, v, runs, scale, implementation, config):
     return kernels_of(implementation).forward(q, k, v, runs, scale=scale, config=config)
-
-
-def _forward(q, k, v, runs, scale, implementation, config):
-    outputs = _attention(q, k, v, runs, scale, implementation, config)
-    o, lse = (checkpoint_name(x, name) for x, name in zip(outputs, RESIDUAL_NAMES, strict=True))
-    return (o, lse), (q, k, v, runs, o, lse)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _backward(scale, implementation, config, residuals, cotangents):
-    q, k, v, runs, o, lse = residuals
+    q, k, v, runs, orders, o, lse = residuals
     do, dlse = cotangents
+    rows = row_kernels(implementation, interpret=config.interpret)
+    if orders is None:
+        delta = sum_of_products(o, do)
+    else:
+        do, delta = to_slots_with_delta(do, o, orders[0], rows)
     # d lse / d s is p, as is d o / d s up to the row's mean, so lse's cotangent joins delta.
-    delta = jnp.einsum(
-        "bnth,bnth->bnt", o.astype(jnp.float32), do.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
     delta = delta - dlse
     kernels, operands = kernels_of(implementation), (q, k, v, runs, lse, do, delta)
     if config.fused:
-        return *kernels.backward(*operands, scale=scale, config=config), None
-    dq = kernels.backward_dq(*operands, scale=scale, config=config)
-    dk, dv = kernels.backward_dkv(*operands, scale=scale, config=config)
-    return dq, dk, dv, None
+        dq, dk, dv = kernels.backward(*operands, scale=scale, config=config)
+    else:
+        dq = kernels.backward_dq(*operands, scale=scale, config=config)
+        dk, dv = kernels.backward_dkv(*operands, scale=scale, config=config)
+    if orders is not None:
+        dq, dk, dv = to_positions((dq, dk, dv), (orders[0], orders[1], orders[1]), rows)
+    return dq, dk, dv, None, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -50,7 +50,7 @@ def count_tokens(
 
     Args:
         query_bucket: bucket of each query, in [0, buckets]; `buckets` stands for none: such a token is dropped.
-        key_bucket: bucket of each key. One of the two numbers of heads divides the other.
+        key_bucket: bucket of each key; the same array where both are one. One number of heads divides the other.
         buckets: how many there are.
         causal: whether a query sees no later key; queries and keys are at the same positions.
         exclude_self: whether it does not see the key of its own position, either.
@@ -61,7 +61,10 @@ def count_tokens(
     chunks = pl.cdiv(max(queries, keys), CHUNK)
     # Beyond the length tokens are dropped, behind all others. Rows: all heads of queries, then all of keys.
     pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, chunks * CHUNK - x.shape[2])), constant_values=buckets)
-    ids = jnp.concatenate([pad(x).reshape(-1, chunks * CHUNK) for x in (query_bucket, key_bucket)])
+    shared = key_bucket is query_bucket
+    sides = (query_bucket,) if shared else (query_bucket, key_bucket)
+    ids = jnp.concatenate([pad(x).reshape(-1, chunks * CHUNK) for x in sides])
+    first_key_row = 0 if shared else batch * query_heads
     columns = pl.cdiv(buckets + 1, 4 * WORDS) * 4 * WORDS
     call = functools.partial(_call, interpret=interpret, like=ids)
     (counts,) = call(_count, [(len(ids), chunks, columns)], (chunks, len(ids)), "count_buckets", 4)(ids)
@@ -71,7 +74,7 @@ def count_tokens(
         buckets=buckets,
         query_heads=query_heads,
         key_heads=key_heads,
-        first_key_row=batch * query_heads,
+        first_key_row=first_key_row,
         causal=causal,
         exclude_self=exclude_self,
     )
@@ -83,7 +86,7 @@ def count_tokens(
         x[..., :length] for x, length in zip(outputs, lengths, strict=True)
     )
     kept, largest = edges[:, 0, buckets], jnp.max((edges[:, 1] - edges[:, 0])[:, :buckets], axis=1)
-    split = lambda x: (x[: batch * query_heads].reshape(batch, -1), x[batch * query_heads :].reshape(batch, -1))
+    split = lambda x: (x[: batch * query_heads].reshape(batch, -1), x[first_key_row:].reshape(batch, -1))
     (query_kept, key_kept), (query_largest, key_largest) = split(kept), split(largest)
     return (
         CountedSide(query_order, query_slot, query_kept, query_largest),
@@ -171,7 +174,8 @@ def _rank(
     depth, lanes = CHUNK // 32, 32
     i, lane = (lax.broadcasted_iota(jnp.int32, (depth, lanes), axis) for axis in (0, 1))
     t = chunk * CHUNK + lane * depth + i
-    query, key = ids_ref[query_row, t], ids_ref[key_row, t]
+    query = ids_ref[query_row, t]
+    key = ids_ref[key_row, t] if first_key_row else query
     counted = ((query, query), (query, key), (key, query), (key, key)) if causal else ((query, query), (key, key))
     earlier = _earlier(counted, edges_ref.shape[2] // 4)
     query_slot = before_ref[query_row, chunk, query] + earlier[0]
@@ -202,8 +206,14 @@ def _rank(
 def _earlier(pairs: tuple[tuple[Array, Array], ...], words: int) -> list[Array]:
     """For each (of, among): how many tokens of `among`, earlier in the chunk, are in the bucket of a token of `of`.
 
-    Counts are four to a word, a byte each.
+    Counts are four to a word, a byte each. The same pair is counted once.
     """
+    named = {(id(of), id(among)): (of, among) for of, among in pairs}
+    counts = dict(zip(named, _count_earlier(tuple(named.values()), words), strict=True))
+    return [counts[id(of), id(among)] for of, among in pairs]
+
+
+def _count_earlier(pairs: tuple[tuple[Array, Array], ...], words: int) -> list[Array]:
     shape = pairs[0][0].shape
 
     def add_block(block, sums):
