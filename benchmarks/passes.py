@@ -30,7 +30,7 @@ def make_plan(case: Case, arrays: dict[str, jax.Array]) -> sfj.AttentionPlan:
     """Returns the case's plan, from its groups and keep masks."""
     pattern, shape = case.pattern, case.shape
     if arrays:
-        return sfj.make_plan(**arrays, **pattern.options)
+        return sfj.make_plan(**arrays, **pattern.options, num_buckets=pattern.num_buckets)
     return sfj.causal(shape.T, shape.keys, pattern.query_offset, window=pattern.window)
 
 
@@ -46,13 +46,13 @@ def sparse_calls(case: Case, implementation: str | None) -> dict[str, Call]:
     plan = jax.jit(lambda arrays: make_plan(case, arrays))
     planned = plan(arrays)
     slotted = jax.jit(_gather)(planned, q, k, v)
-    slotted_do = gather(do, planned.query_order, planned.query_slot)
+    slotted_do = gather(do, planned.queries)
 
     def kernel(runs, q, k, v):
         return interval_attention(q, k, v, runs, implementation=implementation, long_runs=planned.long_runs)[0]
 
     def permute(plan, q, k, v, o):
-        return _gather(plan, q, k, v), restore(o, plan.query_order, plan.query_slot)
+        return _gather(plan, q, k, v), restore(o, plan.queries)
 
     return {
         "plan": Call(plan, (arrays,)),
@@ -83,7 +83,13 @@ def dense_calls(case: Case, implementation: Literal["xla", "cudnn"]) -> dict[str
 
 
 def mha_calls(case: Case, backward_side: int) -> dict[str, Call]:
-    """Returns dense causal attention by JAX's own Pallas-Triton kernels, forward with the tiles that are its default.
+    """Returns dense causal attention by `mha_attention` on the same tensors."""
+    attention = mha_attention(backward_side)
+    return _baseline("mha", lambda _, q, k, v: attention(q, k, v), case)
+
+
+def mha_attention(backward_side: int) -> Callable[..., jax.Array]:
+    """Returns dense causal attention of q, k, v by JAX's own Pallas-Triton kernels, forward with its default tiles.
 
     Raises:
         ImportError: if this JAX has them no more.
@@ -95,10 +101,10 @@ def mha_calls(case: Case, backward_side: int) -> dict[str, Call]:
     sides = dict.fromkeys(("block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), backward_side)
     blocks = BlockSizes(block_q=128, block_k=128, **sides)  # forward: its default
 
-    def dense(_, q, k, v):
+    def dense(q, k, v):
         return mha(q, k, v, None, 1 / math.sqrt(q.shape[-1]), True, blocks)
 
-    return _baseline("mha", dense, case)
+    return dense
 
 
 def _baseline(name: str, dense: Callable[..., jax.Array], case: Case) -> dict[str, Call]:
@@ -135,8 +141,7 @@ def _whole(case: Case, implementation: str | None) -> Callable[..., jax.Array]:
 
 
 def _gather(plan, q, k, v):
-    q = gather(q, plan.query_order, plan.query_slot)
-    return q, *(gather(x, plan.key_order, plan.key_slot) for x in (k, v))
+    return gather(q, plan.queries), *(gather(x, plan.keys) for x in (k, v))
 
 
 def _with_gradients(attend: Callable[..., jax.Array]) -> jax.stages.Wrapped:

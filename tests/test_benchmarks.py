@@ -89,6 +89,39 @@ def test_density_writes_a_row_a_pattern(tmp_path):
     assert 0 < densities["hash64"] < densities["hash16"] < 0.1
 
 
+def test_train_step_compares_attention_in_one_model(tmp_path):
+    out = tmp_path / "train-step.json"
+    done = _run(
+        "train_step.py", "--quick", "--attention", "none", "dense", "causal", "hash", "--buckets", 8, "--out", out
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    _check_environment(result["environment"])
+    assert _finite(result)
+    steps = {step["attention"]: step for step in result["steps"]}
+    assert list(steps) == ["none", "dense", "causal", "hash8"]
+    dense, sparse = steps["dense"], steps["hash8"]
+    assert len({step["parameters"] for step in steps.values()}) == 1
+
+    # One loss where the mask is one, another where it is not.
+    assert math.isclose(dense["loss"]["first"], steps["causal"]["loss"]["first"], rel_tol=1e-5)
+    assert len({round(steps[name]["loss"]["first"], 4) for name in ("none", "dense", "hash8")}) == 3
+    assert all(step["loss"]["last"] < step["loss"]["first"] for step in steps.values())
+
+    # 2 blocks of shared q and k: q, v, out and 8 for the MLP, of width 64; 128 tokens; 256 of them, one sequence.
+    model = 6 * (2 * 11 * 64**2 + 128 * 64) * 256
+    attention = 12 * 64 * 2 * 256 * 257 / 2
+    assert dense["flops"] == {"model": model, "attention": attention}
+    assert steps["none"]["flops"] == {"model": model, "attention": 0}
+    assert sparse["flops"] == {"model": model, "attention": attention / 8}
+    assert dense["visible"] == {"first": 1, "last": 1}
+    assert 0 < sparse["visible"]["first"] < 0.3
+    assert dense["mfu"] is None  # the peak of a CPU is not known
+    assert sparse["speedup"]["over_dense"] == dense["seconds"]["median"] / sparse["seconds"]["median"]
+    assert sparse["tokens_per_second"] == 256 / sparse["seconds"]["median"]
+    assert dense["memory_bytes"]["peak"] > sparse["memory_bytes"]["held"] > 0
+
+
 def test_tune_says_what_it_needs():
     done = _run("tune.py", "--implementation", "triton")
     assert done.returncode != 0
