@@ -33,7 +33,7 @@ import sparse_flash_jax as sfj
 from sparse_flash_jax.kernels.config import Blocks, Config, mosaic_config, triton_config
 from sparse_flash_jax.plan import repeat_heads
 from tests import cases, definition
-from tests.budget import assert_within_budget, dense, truth, with_gradients
+from tests.budget import Results, assert_within_budget, dense, truth, with_gradients
 from tests.cases import Arrays, Case, Pattern, Shape
 
 # Those that a device runs unless others are named.
@@ -210,8 +210,9 @@ def _judges(scale, inputs, plan):
     In a short dtype the error of dense attention alone is too small a budget where a tensor has few elements, or a
     query sees few keys: 13 of 400 right cases were beyond it. So the peer also errs by a rounding of each output, and
     by what all flash attention does, whose backward pass has o rounded: that errs in delta, as a cotangent of lse does,
-    by the norm of o's roundings times do. (The sum of one set of roundings may by chance be nearly 0.) From dp
-    delta is taken, each a float32 sum of H products one after another: as if sqrt(H / 2) roundings befell each product.
+    by the norm of o's roundings times do. (The sum of one set of roundings may by chance be nearly 0.) And float32 sums
+    of n terms, one after another, err as if sqrt(n / 2) roundings befell each: dp and delta, which is taken from it, of
+    H products each, and the outputs of as many as there are keys, or queries.
     """
     batch, length, heads, head_dim = inputs.q.shape
     mask = jnp.broadcast_to(repeat_heads(plan.mask(), heads), (batch, heads, length, inputs.k.shape[1]))
@@ -219,15 +220,22 @@ def _judges(scale, inputs, plan):
     roundings = _rounding(exact.o, inputs.q.dtype) + math.sqrt(head_dim) * _rounding(exact.o, jnp.dtype(jnp.float32))
     delta_error = jnp.linalg.norm(roundings * inputs.do.astype(jnp.float32), axis=-1)
     flash = truth(inputs._replace(dlse=inputs.dlse - delta_error), mask, scale)
-    return exact, jax.tree.map(_worst, exact, plain, flash), mask
+    keys, queries = inputs.k.shape[1], length * heads // inputs.k.shape[2]
+    terms = Results(o=keys, lse=keys, dq=keys, dk=queries, dv=queries)
+    return exact, jax.tree.map(_worst, exact, plain, flash, terms), mask
 
 
 def _rounding(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jnp.abs(x) * (float(jnp.finfo(dtype).eps) / 2)
 
 
-def _worst(exact: jax.Array, plain: jax.Array, flash: jax.Array) -> jax.Array:
-    errors = (_rounding(exact, plain.dtype), jnp.abs(plain.astype(jnp.float32) - exact), jnp.abs(flash - exact))
+def _worst(exact: jax.Array, plain: jax.Array, flash: jax.Array, terms: int) -> jax.Array:
+    errors = (
+        _rounding(exact, plain.dtype),
+        math.sqrt(terms / 2) * _rounding(exact, exact.dtype),
+        jnp.abs(plain.astype(jnp.float32) - exact),
+        jnp.abs(flash - exact),
+    )
     return exact + functools.reduce(jnp.maximum, errors)
 
 
