@@ -11,10 +11,14 @@ GPUS = {
 }
 
 
-def on(device_kind):
+def abstract_device(kind):
+    """A GPU of this kind, for a mesh."""
+    return AbstractDevice(device_kind=kind, num_cores=GPUS[kind][0], platform="gpu")
+
+
+def on(kind):
     """A context in which Pallas lowers for this kind of GPU."""
-    device = AbstractDevice(device_kind=device_kind, num_cores=GPUS[device_kind][0], platform="gpu")
-    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract_device(kind)))
 
 
 def lowered(function, *operands):

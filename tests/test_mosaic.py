@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import sparse_flash_jax as sfj
 from sparse_flash_jax.kernels import implementations, mosaic
@@ -18,7 +18,7 @@ from tests import definition
 from tests.budget import assert_within_budget, with_gradients
 from tests.cases import CASES, Case, Pattern, Shape, buckets, kept
 from tests.contract import IntervalContract
-from tests.gpus import lowered, passes
+from tests.gpus import abstract_device, lowered, on, passes
 from tests.test_attention import judges
 from tests.test_transforms import LENGTH, attended, drawn, hashed
 
@@ -170,8 +170,11 @@ def test_transformed_calls_lower_for_cuda(monkeypatch, attend, how):
     if how == "vmap":
         call, operands = jax.vmap(attend), [x.reshape(4, 2, *x.shape[1:]) for x in operands]
     else:
-        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+        gpu = abstract_device("NVIDIA H100 80GB HBM3")
+        mesh = AbstractMesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,), abstract_device=gpu)
         call = jax.shard_map(attend, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))
-    text = lowered(call, *operands)
+    with on("NVIDIA H100 80GB HBM3"):
+        text = lowered(call, *operands)
     assert "mosaic_gpu" in text
+    assert ("xla.gpu.triton" in text) == (attend is hashed), "rows are moved by kernels"
     assert ("interval_attention_dqkv" in text) == (attend is causally)
