@@ -46,13 +46,34 @@ def test_chunked_loss_is_exact(monkeypatch, elements):
     targets = jnp.asarray(TOKENS[:, 1:])
     weights = jax.random.uniform(jax.random.key(1), (4, 24))
 
-    def plain(hidden):
+    def plain(model, hidden, weights):
         log_p = jax.nn.log_softmax(model.logits(hidden))
-        return -jnp.sum(weights * jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0])
+        return jnp.sqrt(-jnp.sum(weights * jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]))
 
-    chunked = lambda hidden: total_cross_entropy(model, hidden, targets, weights)
-    np.testing.assert_allclose(chunked(hidden), plain(hidden), rtol=1e-6)
-    np.testing.assert_allclose(jax.grad(chunked)(hidden), jax.grad(plain)(hidden), atol=1e-6)
+    def chunked(model, hidden, weights):
+        return jnp.sqrt(total_cross_entropy(model, hidden, targets, weights))
+
+    np.testing.assert_allclose(chunked(model, hidden, weights), plain(model, hidden, weights), rtol=1e-6)
+    got, expected = (nnx.grad(f, argnums=(0, 1, 2))(model, hidden, weights) for f in (chunked, plain))
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+def test_loss_of_short_states_keeps_float32_sums():
+    model = Transformer(DENSE, rngs=nnx.Rngs(0))
+    hidden = jax.random.normal(jax.random.key(0), (4, 24, 32))
+    targets, weights = jnp.asarray(TOKENS[:, 1:]), jnp.full((4, 24), 1 / 96)
+
+    def gradients(hidden):
+        return nnx.grad(lambda model, hidden: total_cross_entropy(model, hidden, targets, weights), argnums=(0, 1))(
+            model, hidden
+        )
+
+    short, full = gradients(hidden.astype(jnp.bfloat16)), gradients(hidden)
+    assert short[1].dtype == jnp.bfloat16
+    assert short[0].embedding[...].dtype == jnp.float32
+    for x, y in zip(jax.tree.leaves(short), jax.tree.leaves(full), strict=True):
+        np.testing.assert_allclose(x.astype(jnp.float32), y, atol=0.02 * np.abs(y).max())
 
 
 def test_accumulation_is_one_big_batch():

@@ -1,9 +1,11 @@
-"""Cross-entropy without ever holding the logits of a whole sequence.
+"""Cross-entropy without ever holding the logits of a whole sequence, and with each logit computed once.
 
-    for each chunk of the sequence:  logits = hidden @ embedding.T; sum += logsumexp(logits) - logits[target]
+    for each chunk of the sequence:
+        logits = hidden embedding^T;  total += logsumexp(logits) - logits[target]
+        dlogits = softmax(logits) - onehot(target);  dhidden = dlogits embedding;  dembedding += dlogits^T hidden
 
-The backward pass computes a chunk's logits again. At a vocabulary of 50304, the logits of 4 x 8192 tokens would take
-6.6 GB in float32; a chunk takes some hundred megabytes.
+The total is linear in its cotangent, so where a gradient is wanted the forward pass has it, times one. At a vocabulary
+of 50304 the logits of 4 x 8192 tokens would take 6.6 GB in float32; a chunk takes one.
 """
 
 import jax
@@ -12,8 +14,9 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from models.transformer import Transformer
 
-# Logits of about this many elements are held at once: 256 MB in float32.
-_CHUNK_ELEMENTS = 1 << 26
+# Logits of about this many elements are held at once: 1 GB in float32.
+_CHUNK_ELEMENTS = 1 << 28
+_ROWS = 128  # of a tile of matrix products
 
 
 def total_cross_entropy(
@@ -25,26 +28,84 @@ def total_cross_entropy(
     """The weighted sum over tokens of -log p(target), in nats.
 
     Args:
-        model: gives logits.
-        hidden: last hidden states.
+        model: whose tied embedding gives logits.
+        hidden: last hidden states, in whose dtype products are computed, with float32 sums.
         targets: next tokens.
         weights: of each token's loss.
     """
-    batch, length = targets.shape
-    chunk = min(length, max(1, _CHUNK_ELEMENTS // (batch * model.config.padded_vocab)))
-    chunks = -(-length // chunk)
-    pad = chunks * chunk - length
+    return _total(hidden, model.embedding[...], targets, weights)
+
+
+@jax.custom_vjp
+def _total(
+    hidden: Float[Array, "B T D"],
+    embedding: Float32[Array, "vocab D"],
+    targets: Int32[Array, "B T"],
+    weights: Float32[Array, "B T"],
+) -> Float32[Array, ""]:
+    narrow = embedding.astype(hidden.dtype)
+
+    def add(total, piece):
+        losses, _, _ = _losses(narrow, *piece[:2])
+        return total + jnp.sum(piece[2] * losses), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), _split(embedding.shape[0], hidden, targets, weights))
+    return total
+
+
+def _total_with_gradients(hidden, embedding, targets, weights):
+    narrow = embedding.astype(hidden.dtype)
+    token = jnp.arange(embedding.shape[0], dtype=jnp.int32)
+
+    def add(sums, piece):
+        total, dembedding = sums
+        hidden, targets, weights = piece
+        losses, logits, log_total = _losses(narrow, hidden, targets)
+        dlogits = jnp.exp(logits - log_total[..., None]) - (targets[..., None] == token[None, None])
+        dlogits = (weights[..., None] * dlogits).astype(hidden.dtype)
+        dhidden = jnp.einsum("btv,vd->btd", dlogits, narrow)
+        dembedding += jnp.einsum("btv,btd->vd", dlogits, hidden, preferred_element_type=jnp.float32)
+        return (total + jnp.sum(weights * losses), dembedding), (dhidden, losses)
+
+    zeros = jnp.zeros((), jnp.float32), jnp.zeros(embedding.shape, jnp.float32)
+    pieces = _split(embedding.shape[0], hidden, targets, weights)
+    (total, dembedding), of_tokens = jax.lax.scan(add, zeros, pieces)
+    dhidden, dweights = (_joined(x, targets.shape[1]) for x in of_tokens)
+    return total, (dhidden, dembedding, dweights)
+
+
+def _times_cotangent(gradients, cotangent):
+    dhidden, dembedding, dweights = ((cotangent * x).astype(x.dtype) for x in gradients)
+    return dhidden, dembedding, None, dweights
+
+
+_total.defvjp(_total_with_gradients, _times_cotangent)
+
+
+def _losses(embedding, hidden, targets):
+    """Each token's loss, its logits, and the logarithm of the sum of their exponentials."""
+    logits = jnp.einsum("btd,vd->btv", hidden, embedding, preferred_element_type=jnp.float32)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    return log_total - chosen, logits, log_total
+
+
+def _split(vocabulary: int, *xs: Array) -> tuple[Array, ...]:
+    """[B T ...] in chunks of the sequence, first axis; what is padded has weight 0."""
+    batch, length = xs[0].shape[:2]
+    chunks = -(-length * batch * vocabulary // _CHUNK_ELEMENTS)
+    chunk = -(-length // chunks)
+    chunk = min(length, -(-chunk // _ROWS) * _ROWS) if chunk > _ROWS else chunk
+    pad = -length % chunk
 
     def split(x):
         padded = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(batch, chunks, chunk, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(padded.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
-    def body(total, piece):
-        hidden, targets, weights = piece
-        logits = model.logits(hidden)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return total + jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - chosen)), None
+    return tuple(map(split, xs))
 
-    total, _ = jax.lax.scan(body, jnp.zeros((), jnp.float32), (split(hidden), split(targets), split(weights)))
-    return total
+
+def _joined(chunks: Array, length: int) -> Array:
+    """The inverse of `_split`."""
+    joined = jnp.moveaxis(chunks, 0, 1)
+    return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :length]
