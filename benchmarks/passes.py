@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from selection import Case, Shape
 
 import sparse_flash_jax as sfj
+from sparse_flash_jax.kernels.implementations import pick_implementation
 from sparse_flash_jax.kernels.interval import interval_attention
-from sparse_flash_jax.permute import gather, restore
+from sparse_flash_jax.kernels.rows import row_kernels, to_positions, to_slots
+from sparse_flash_jax.permute import gather
 
 
 class Call(NamedTuple):
@@ -45,18 +47,20 @@ def sparse_calls(case: Case, implementation: str | None) -> dict[str, Call]:
     arrays, (q, k, v, do) = _arrays(case), _tensors(case.shape, case.dtype)
     plan = jax.jit(lambda arrays: make_plan(case, arrays))
     planned = plan(arrays)
-    slotted = jax.jit(_gather)(planned, q, k, v)
+    kernels = row_kernels(implementation or pick_implementation(case.dtype, case.shape.H), interpret=False)
+    permutations = planned.queries, planned.keys, planned.keys
+    slotted = jax.jit(lambda xs, by: to_slots(xs, by, kernels))((q, k, v), permutations)
     slotted_do = gather(do, planned.queries)
 
     def kernel(runs, q, k, v):
         return interval_attention(q, k, v, runs, implementation=implementation, long_runs=planned.long_runs)[0]
 
-    def permute(plan, q, k, v, o):
-        return _gather(plan, q, k, v), restore(o, plan.queries)
+    def permute(permutations, q, k, v, o):
+        return to_slots((q, k, v), permutations, kernels), to_positions((o,), permutations[:1], kernels)
 
     return {
         "plan": Call(plan, (arrays,)),
-        "gather": Call(jax.jit(permute), (planned, q, k, v, slotted_do)),
+        "gather": Call(jax.jit(permute), (permutations, q, k, v, slotted_do)),
         "kernel_forward": Call(jax.jit(kernel), (planned.runs, *slotted)),
         "kernel_forward_backward": Call(_with_gradients(kernel), (planned.runs, *slotted, slotted_do)),
         **whole_calls(case, implementation),
@@ -138,10 +142,6 @@ def _whole(case: Case, implementation: str | None) -> Callable[..., jax.Array]:
         return sfj.sparse_attention(q, k, v, make_plan(case, arrays), implementation=implementation)
 
     return attend
-
-
-def _gather(plan, q, k, v):
-    return gather(q, plan.queries), *(gather(x, plan.keys) for x in (k, v))
 
 
 def _with_gradients(attend: Callable[..., jax.Array]) -> jax.stages.Wrapped:

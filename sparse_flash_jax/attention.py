@@ -1,4 +1,4 @@
-"""Sparse attention, as a user calls it: validate, permute into slot order, attend over runs, restore."""
+"""Sparse attention, as a user calls it: validate, then `permuted_attention`; each method of the paper in one call."""
 
 from typing import Any, Literal, overload
 

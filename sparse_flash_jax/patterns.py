@@ -130,12 +130,13 @@ def hash_sparse(
     """Plans attention in which a query sees the keys of its own bucket (hash-sparse).
 
     Args:
-        query_bucket: int32 [B T N], any ids, from `lsh_buckets` for one.
+        query_bucket: int32 [B T N], any ids if num_buckets is None, from `lsh_buckets` for one.
         key_bucket: int32 [B S K].
         causal: whether a query sees no later key.
         exclude_self: whether a query also does not see the key of its own position.
         window: positions that a query looks back, its own included; None for all.
-        num_buckets: says that ids are in [0, num_buckets), by which GPUs plan many times faster (see `make_plan`).
+        num_buckets: says that ids are in [0, num_buckets), which lets GPUs count them, many times faster than sorting:
+            see `make_plan`.
 
     Returns:
         The plan. A query that is alone in its bucket outputs 0 with zero gradients.

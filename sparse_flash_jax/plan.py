@@ -10,12 +10,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float32, Int32
 
 from sparse_flash_jax.kernels.implementations import counting_kernels
 from sparse_flash_jax.kernels.tiles import Runs
+from sparse_flash_jax.manual_axes import vary_alike
 from sparse_flash_jax.permute import Permutation
 from sparse_flash_jax.rule import Rule
 from sparse_flash_jax.sorting import SortedTokens, count_below, largest_group, sort_tokens
@@ -26,8 +28,7 @@ PLAN_NAME = "sparse_attention_plan"
 """`checkpoint_name` of a plan's arrays: a remat policy that saves it does not sort again in the backward pass."""
 
 
-MOST_COUNTED = 256
-"""Buckets up to which the kernels that count have been tested."""
+_MOST_COUNTED = 256  # buckets up to which the kernels that count are tested
 
 
 class AttentionPlan(NamedTuple):
@@ -190,8 +191,9 @@ def make_plan(
             2**30 in size.
         query_capacity: most queries that any head keeps; shortens the sorted sequence to this static length.
         key_capacity: most keys that any head keeps.
-        num_buckets: says that group ids, one array a side, are in [0, num_buckets); static. GPUs then plan by counting,
-            up to 256 buckets: the same plan in a small part of the time that sorting takes.
+        num_buckets: says that group ids, one array a side, are in [0, num_buckets); static. NVIDIA GPUs then plan by
+            counting: the same plan in a small part of the time that sorting takes. That is for up to 256 buckets, both
+            sides of one batch size, and neither window, offset nor capacities; else they sort.
 
     Returns:
         The plan. Axes of size 1 stay and stand for any size.
@@ -250,16 +252,15 @@ def plan_sides(
     if num_buckets is not None:
         query_keep = _keep_in_buckets("query", query_groups[0], query_keep, num_buckets)
         key_keep = query_keep if shared else _keep_in_buckets("key", key_groups[0], key_keep, num_buckets)
-        unshifted = isinstance(query_offset, int) and query_offset == 0 and query_keep.shape[0] == key_keep.shape[0]
-        if unshifted and rule.window is None and capacities == (None, None) and num_buckets <= MOST_COUNTED:
+        aligned = isinstance(query_offset, int) and query_offset == 0 and query_keep.shape[0] == key_keep.shape[0]
+        if aligned and rule.window is None and capacities == (None, None) and num_buckets <= _MOST_COUNTED:
             count_tokens = counting_kernels()
     queries, keys = (query_groups, query_keep), None if shared else (key_groups, key_keep)
-    if count_tokens is not None:
-        return _plan_by_counting(queries, keys, count_tokens=count_tokens, num_buckets=num_buckets, rule=rule)
     # Past these an offset shows or hides everything; clipped, no position plus offset leaves int32.
     farthest = lengths[1] + rule.reach
     offset = jnp.clip(jnp.asarray(query_offset, jnp.int32), -lengths[0], farthest)
-    plan = _plan_by_sorting(queries, keys, offset, lengths=lengths, rule=rule, capacities=capacities)
+    static = {"lengths": lengths, "rule": rule, "capacities": capacities, "num_buckets": num_buckets}
+    plan = _plan(queries, keys, offset, count_tokens=count_tokens, **static)
     for side, overflow, capacity in zip(
         ("query", "key"), (plan.query_overflow, plan.key_overflow), capacities, strict=True
     ):
@@ -268,25 +269,38 @@ def plan_sides(
     return plan
 
 
-@functools.partial(jax.jit, static_argnames=("count_tokens", "num_buckets", "rule"))
-def _plan_by_counting(queries, keys, *, count_tokens, num_buckets, rule) -> AttentionPlan:
+@functools.partial(jax.jit, static_argnames=("count_tokens", "lengths", "rule", "capacities", "num_buckets"))
+def _plan(queries, keys, query_offset, *, count_tokens, lengths, rule, capacities, num_buckets) -> AttentionPlan:
+    options = {"lengths": lengths, "rule": rule, "capacities": capacities, "num_buckets": num_buckets}
+    by_sorting = functools.partial(_plan_by_sorting, **options)
+    if count_tokens is None:
+        plan = by_sorting(queries, keys, query_offset)
+    else:
+        by_counting = functools.partial(
+            _plan_by_counting, count_tokens=count_tokens, num_buckets=num_buckets, rule=rule
+        )
+        # A GPU's host may plan on its CPU, too. The ways must agree in the mesh axes that their outputs vary over.
+        operands = vary_alike((queries, keys, query_offset))
+        plan = lax.platform_dependent(*operands, cuda=by_counting, default=by_sorting)
+    return jax.tree.map(lambda x: checkpoint_name(x, PLAN_NAME), plan)
+
+
+def _plan_by_counting(queries, keys, _query_offset, *, count_tokens, num_buckets, rule) -> AttentionPlan:
     query_bucket = _bucket_if_kept(queries, num_buckets)
     key_bucket = query_bucket if keys is None else _bucket_if_kept(keys, num_buckets)
     queries, keys, runs = count_tokens(
         query_bucket, key_bucket, num_buckets, causal=rule.causal, exclude_self=rule.exclude_self
     )
-    return _named(
-        AttentionPlan(
-            queries.order,
-            queries.slot,
-            keys.order,
-            keys.slot,
-            runs,
-            jnp.zeros_like(queries.kept),
-            jnp.zeros_like(keys.kept),
-            keys.kept,
-            keys.largest,
-        )
+    return AttentionPlan(
+        queries.order,
+        queries.slot,
+        keys.order,
+        keys.slot,
+        runs,
+        jnp.zeros_like(queries.kept),
+        jnp.zeros_like(keys.kept),
+        keys.kept,
+        keys.largest,
     )
 
 
@@ -295,37 +309,30 @@ def _bucket_if_kept(side: tuple[tuple[Array], Array], num_buckets: int) -> Int32
     return jnp.where(keep, bucket, num_buckets)
 
 
-@functools.partial(jax.jit, static_argnames=("lengths", "rule", "capacities"))
-def _plan_by_sorting(query_side, key_side, query_offset, *, lengths, rule, capacities) -> AttentionPlan:
+def _plan_by_sorting(query_side, key_side, query_offset, *, lengths, rule, capacities, num_buckets) -> AttentionPlan:
     query_groups, query_keep = query_side
-    queries = keys = sort_tokens(query_groups, query_keep, lengths[0], capacities[0])
+    queries = keys = sort_tokens(query_groups, query_keep, lengths[0], capacities[0], num_buckets)
     if key_side is not None:
         key_groups, key_keep = key_side
-        keys = sort_tokens(key_groups, key_keep, lengths[1], capacities[1])
+        keys = sort_tokens(key_groups, key_keep, lengths[1], capacities[1], num_buckets)
     heads = max(queries.num_kept.shape[1], keys.num_kept.shape[1])
     k_start, k_stop = _runs(queries, keys, rule.keys_seen(queries.position + query_offset, lengths[1]), heads)
     q_start, q_stop = _runs(keys, queries, rule.queries_seeing(keys.position - query_offset, lengths[0]), heads)
-    return _named(
-        AttentionPlan(
-            queries.order,
-            queries.slot,
-            keys.order,
-            keys.slot,
-            Runs(k_start, k_stop, q_start, q_stop),
-            queries.overflow,
-            keys.overflow,
-            keys.num_kept,
-            largest_group(keys) if keys.groups else None,
-        )
+    return AttentionPlan(
+        queries.order,
+        queries.slot,
+        keys.order,
+        keys.slot,
+        Runs(k_start, k_stop, q_start, q_stop),
+        queries.overflow,
+        keys.overflow,
+        keys.num_kept,
+        largest_group(keys) if keys.groups else None,
     )
 
 
 def _permutation(order: Array | None, slot: Array | None) -> Permutation | None:
     return None if order is None or slot is None else Permutation(order, slot)
-
-
-def _named(plan: AttentionPlan) -> AttentionPlan:
-    return jax.tree.map(lambda x: checkpoint_name(x, PLAN_NAME), plan)
 
 
 def _runs(

@@ -39,6 +39,7 @@ def sort_tokens(
     keep: Bool[Array, "#B #A L"] | None,
     length: int,
     capacity: int | None,
+    num_buckets: int | None = None,
 ) -> SortedTokens:
     """Sorts kept tokens by (*groups, position), then dropped ones by position, and cuts the order to the capacity.
 
@@ -47,6 +48,7 @@ def sort_tokens(
         keep: bool [B A L], or None to keep all.
         length: L.
         capacity: static most tokens kept, or None. The latest tokens beyond it are dropped.
+        num_buckets: where the ids of kept tokens, of one group, are below it: then one key has group and dropping both.
     """
     capacity = length if capacity is None else min(capacity, length)
     if keep is None and capacity < length:
@@ -63,7 +65,11 @@ def sort_tokens(
         overflow = kept_until[..., -1] - num_kept
         keep = keep & (kept_until <= capacity)
     # Dropped tokens are ordered by position alone.
-    keys = groups if keep is None else (~keep, *(jnp.where(keep, x, 0) for x in groups))
+    keys = groups
+    if keep is not None and num_buckets is not None:
+        keys = (jnp.where(keep, groups[0], num_buckets),)
+    elif keep is not None:
+        keys = (~keep, *(jnp.where(keep, x, 0) for x in groups))
     shape = jnp.broadcast_shapes(*(x.shape for x in keys))
     if num_kept is None or overflow is None:
         overflow = jnp.zeros(shape[:2], jnp.int32)

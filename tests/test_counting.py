@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import sparse_flash_jax as sfj
 from sparse_flash_jax.kernels.triton.counting import CHUNK, count_tokens
 from tests.cases import Shape, buckets, half_in_one
-from tests.gpus import GPUS, lowered, on
+from tests.gpus import GPUS, abstract_device, lowered, on
 
 SHAPES = {
     "part_of_a_chunk": (Shape(B=1, T=100, N=1, H=1), 4),
@@ -86,24 +87,31 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("name", PLANS)
-def test_plans_of_known_buckets_are_counted(monkeypatch, name):
-    """The same plan as without the number of buckets, and the kernels asked for where they can make it."""
-    options, by_counting = PLANS[name]
-    options, called = dict(options), []
+@pytest.fixture
+def asked(monkeypatch):
+    """Plans as with a GPU, whose kernels are interpreted; the list of times that they were asked for."""
+    asked = []
 
     def kernels():
-        called.append(name)
+        asked.append(count_tokens)
         return functools.partial(count_tokens, interpret=True)
 
     monkeypatch.setattr("sparse_flash_jax.plan.counting_kernels", kernels)
-    ids, keep = sides(Shape(B=2, T=300, N=2, K=1, H=1), 5, options.pop("dropped", 0.0))
+    monkeypatch.setattr("jax.lax.platform_dependent", lambda *operands, cuda, default: cuda(*operands))
+    return asked
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plans_of_known_buckets_are_counted(asked, name):
+    """The same plan as without the number of buckets, and the kernels asked for where they can make it."""
+    options, by_counting = dict(PLANS[name][0]), PLANS[name][1]
+    ids, keep = sides(Shape(B=2, T=300, N=2, K=1, H=1), 5, options.get("dropped", 0.0))
     ids = [ids[0], ids[0]] if options.pop("shared", False) else ids
-    if "dropped" in PLANS[name][0]:
+    if options.pop("dropped", 0.0):
         options |= {"query_keep": keep[0], "key_keep": keep[1]}
     expected = sfj.make_plan(query_group=ids[0], key_group=ids[1], **options)
     got = sfj.make_plan(query_group=ids[0], key_group=ids[1], num_buckets=5, **options)
-    assert bool(called) == by_counting
+    assert bool(asked) == by_counting
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
@@ -126,29 +134,55 @@ def test_counted_on_a_gpu(shape, count, dropped, causal):
         jax.tree.map(np.testing.assert_array_equal, got, plan(ids[:n], keep[:n]))
 
 
-@pytest.mark.parametrize("counted_too", [False, True])
-def test_ids_that_are_no_bucket(monkeypatch, counted_too):
-    """Refused where ids are known, dropped where they are traced."""
-    kernels = functools.partial(count_tokens, interpret=True) if counted_too else None
-    monkeypatch.setattr("sparse_flash_jax.plan.counting_kernels", lambda: kernels)
+def assert_others_are_dropped():
     ids, _ = sides(Shape(B=1, T=300, N=2, H=1), 8, 0.0)
-    with pytest.raises(ValueError, match=r"query_group must be in \[0, num_buckets=5\)"):
+    ids = [x - 1 for x in ids]
+    with pytest.raises(ValueError, match=r"query_group must be in \[0, num_buckets=5\), got ids from -1 to 6"):
         sfj.hash_sparse(ids[0], ids[1], num_buckets=5)
     got = jax.jit(lambda ids: sfj.hash_sparse(ids[0], ids[1], num_buckets=5))(ids)
-    keep = [x < 5 for x in ids]
+    keep = [(x >= 0) & (x < 5) for x in ids]
     expected = sfj.make_plan(query_group=ids[0], key_group=ids[1], query_keep=keep[0], key_keep=keep[1])
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-def test_vmap(monkeypatch):
-    monkeypatch.setattr(
-        "sparse_flash_jax.plan.counting_kernels", lambda: functools.partial(count_tokens, interpret=True)
-    )
+def test_ids_that_are_no_bucket():
+    """Refused where they are known, dropped where they are traced."""
+    assert_others_are_dropped()
+
+
+def test_ids_that_are_no_bucket_of_those_counted(asked):
+    assert_others_are_dropped()
+    assert asked
+
+
+def test_vmap(asked):
     ids, _ = sides(Shape(B=3, T=300, N=2, H=1), 8, 0.0)
     split = [x[:, None] for x in ids]
     got = jax.vmap(lambda query, key: sfj.hash_sparse(query, key, num_buckets=8))(*split)
     expected = jax.vmap(lambda query, key: sfj.hash_sparse(query, key))(*split)
+    assert asked
     jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_lowers_for_cuda_under_shard_map(monkeypatch):
+    """Over batch entries, where the keys' ids are the same everywhere. (The interpreter knows no mesh axes.)"""
+    monkeypatch.setattr("sparse_flash_jax.plan.counting_kernels", lambda: count_tokens)
+    gpu = abstract_device("NVIDIA H100 80GB HBM3")
+    mesh = AbstractMesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,), abstract_device=gpu)
+    spec, ids = PartitionSpec("data"), jnp.zeros((jax.device_count(), 300, 2), jnp.int32)
+    plan = lambda query, key: sfj.hash_sparse(query, key, num_buckets=8).runs
+    call = jax.shard_map(plan, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)
+    with on("NVIDIA H100 80GB HBM3"):
+        assert "__gpu$xla.gpu.triton" in lowered(call, ids, ids[:1])
+
+
+def test_a_gpus_host_plans_on_its_cpu(monkeypatch):
+    monkeypatch.setattr("sparse_flash_jax.plan.counting_kernels", lambda: count_tokens)
+    ids, _ = sides(Shape(B=1, T=300, N=2, H=1), 8, 0.0)
+    plan = jax.jit(lambda query, key: sfj.hash_sparse(query, key, num_buckets=8))
+    jax.tree.map(np.testing.assert_array_equal, plan(*ids), sfj.hash_sparse(ids[0], ids[1]))
+    with on("NVIDIA H100 80GB HBM3"):
+        assert "__gpu$xla.gpu.triton" in lowered(lambda query, key: sfj.hash_sparse(query, key, num_buckets=8), *ids)
 
 
 @pytest.mark.parametrize("kind", GPUS)

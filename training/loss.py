@@ -8,6 +8,8 @@ The total is linear in its cotangent, so where a gradient is wanted the forward 
 of 50304 the logits of 4 x 8192 tokens would take 6.6 GB in float32; a chunk takes one.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
@@ -16,7 +18,7 @@ from models.transformer import Transformer
 
 # Logits of about this many elements are held at once: 1 GB in float32.
 _CHUNK_ELEMENTS = 1 << 28
-_ROWS = 128  # of a tile of matrix products
+_ROWS = 128  # of a tile of matrix products; a chunk has batch x positions
 
 
 def total_cross_entropy(
@@ -61,7 +63,8 @@ def _total_with_gradients(hidden, embedding, targets, weights):
         total, dembedding = sums
         hidden, targets, weights = piece
         losses, logits, log_total = _losses(narrow, hidden, targets)
-        dlogits = jnp.exp(logits - log_total[..., None]) - (targets[..., None] == token[None, None])
+        chosen = (targets[..., None] == token[None, None]).astype(jnp.float32)
+        dlogits = jnp.exp(logits - log_total[..., None]) - chosen
         dlogits = (weights[..., None] * dlogits).astype(hidden.dtype)
         dhidden = jnp.einsum("btv,vd->btd", dlogits, narrow)
         dembedding += jnp.einsum("btv,btd->vd", dlogits, hidden, preferred_element_type=jnp.float32)
@@ -75,7 +78,7 @@ def _total_with_gradients(hidden, embedding, targets, weights):
 
 
 def _times_cotangent(gradients, cotangent):
-    dhidden, dembedding, dweights = ((cotangent * x).astype(x.dtype) for x in gradients)
+    dhidden, dembedding, dweights = ((cotangent * x.astype(jnp.float32)).astype(x.dtype) for x in gradients)
     return dhidden, dembedding, None, dweights
 
 
@@ -95,7 +98,8 @@ def _split(vocabulary: int, *xs: Array) -> tuple[Array, ...]:
     batch, length = xs[0].shape[:2]
     chunks = -(-length * batch * vocabulary // _CHUNK_ELEMENTS)
     chunk = -(-length // chunks)
-    chunk = min(length, -(-chunk // _ROWS) * _ROWS) if chunk > _ROWS else chunk
+    whole = _ROWS // math.gcd(_ROWS, batch)
+    chunk = min(length, -(-chunk // whole) * whole)
     pad = -length % chunk
 
     def split(x):

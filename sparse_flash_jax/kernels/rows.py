@@ -45,7 +45,7 @@ def to_slots_with_delta(
     do: Float[Array, "B T N H"], o: Float[Array, "B T N H"], permutation: Permutation | None, kernels: RowKernels | None
 ) -> tuple[Float[Array, "B N Tc H"], Float32[Array, "B N Tc"]]:
     """Returns do in slot order, and delta, the sum of o * do over the head dim, too."""
-    if kernels is not None and _movable(do, permutation):
+    if kernels is not None and permutation is not None:
         return kernels.load("to_slots_with_delta")(do, o, permutation, interpret=kernels.interpret)
     delta = gather(sum_of_products(o, do)[..., None], permutation)[..., 0]
     return gather(do, permutation), delta
@@ -57,16 +57,17 @@ def sum_of_products(x: Float[Array, "*rows H"], y: Float[Array, "*rows H"]) -> F
     return jnp.einsum("...h,...h->...", x, y, precision=lax.Precision.HIGHEST)
 
 
-def _move(xs, permutations, kernels: RowKernels | None, move_one, name) -> tuple[Array, ...]:
+def _move(
+    xs: Sequence[Array],
+    permutations: Sequence[Permutation | None],
+    kernels: RowKernels | None,
+    move_one: Callable[[Array, Permutation | None], Array],
+    name: str,
+) -> tuple[Array, ...]:
     pairs = list(zip(xs, permutations, strict=True))
     moved = {}
     if kernels is not None:
-        by_kernel = {i: pair for i, pair in enumerate(pairs) if _movable(*pair)}
+        by_kernel = {i: (x, by) for i, (x, by) in enumerate(pairs) if by is not None}
         outputs = kernels.load(name)(list(by_kernel.values()), interpret=kernels.interpret) if by_kernel else ()
         moved = dict(zip(by_kernel, outputs, strict=True))
     return tuple(moved[i] if i in moved else move_one(x, by) for i, (x, by) in enumerate(pairs))
-
-
-def _movable(x: Array, permutation: Permutation | None) -> bool:
-    """Whether rows change places at all, and are few enough for the kernels' 32-bit offsets."""
-    return permutation is not None and x.size < 2**31
