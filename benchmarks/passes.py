@@ -14,7 +14,6 @@ import sparse_flash_jax as sfj
 from sparse_flash_jax.kernels.implementations import pick_implementation
 from sparse_flash_jax.kernels.interval import interval_attention
 from sparse_flash_jax.kernels.rows import row_kernels, to_positions, to_slots
-from sparse_flash_jax.permute import gather
 
 
 class Call(NamedTuple):
@@ -49,8 +48,7 @@ def sparse_calls(case: Case, implementation: str | None) -> dict[str, Call]:
     planned = plan(arrays)
     kernels = row_kernels(implementation or pick_implementation(case.dtype, case.shape.H), interpret=False)
     permutations = planned.queries, planned.keys, planned.keys
-    slotted = jax.jit(lambda xs, by: to_slots(xs, by, kernels))((q, k, v), permutations)
-    slotted_do = gather(do, planned.queries)
+    *slotted, slotted_do = to_slots((q, k, v, do), (*permutations, planned.queries), kernels)
 
     def kernel(runs, q, k, v):
         return interval_attention(q, k, v, runs, implementation=implementation, long_runs=planned.long_runs)[0]

@@ -5,7 +5,7 @@ from typing import Any, Literal, overload
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray
 
-from sparse_flash_jax.hashing import lsh_buckets
+from sparse_flash_jax.hashing import hash_sides
 from sparse_flash_jax.kernels.config import Config
 from sparse_flash_jax.kernels.implementations import check_implementation
 from sparse_flash_jax.kernels.interval import permuted_attention
@@ -127,11 +127,8 @@ def hash_sparse_attention(
     Source: arXiv 2306.01160, section 3.2.
     """
     check_attention_inputs(q, k, v)
-    query_bucket = lsh_buckets(q, num_buckets, key, num_rotations=k.shape[2])
-    key_bucket = query_bucket if k is q else lsh_buckets(k, num_buckets, key)
-    plan = hash_sparse(
-        query_bucket, key_bucket, causal=causal, exclude_self=exclude_self, window=window, num_buckets=num_buckets
-    )
+    buckets = hash_sides(q, k, num_buckets, key)
+    plan = hash_sparse(*buckets, causal=causal, exclude_self=exclude_self, window=window, num_buckets=num_buckets)
     return sparse_attention(q, k, v, plan, scale=scale, implementation=implementation, return_residual=return_residual)
 
 

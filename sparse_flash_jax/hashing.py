@@ -49,3 +49,11 @@ def lsh_buckets(
     ).reshape(batch, length, heads, num_buckets // 2)
     bucket = jnp.argmax(jnp.concatenate([projected, -projected], axis=-1), axis=-1).astype(jnp.int32)
     return lax.stop_gradient(bucket)
+
+
+def hash_sides(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], num_buckets: int, key: PRNGKeyArray
+) -> tuple[Int32[Array, "B T N"], Int32[Array, "B S K"]]:
+    """Returns the buckets of queries and keys by the same rotations; the same array twice where k is q."""
+    query_bucket = lsh_buckets(q, num_buckets, key, num_rotations=k.shape[2])
+    return query_bucket, query_bucket if k is q else lsh_buckets(k, num_buckets, key)

@@ -259,8 +259,16 @@ def plan_sides(
     # Past these an offset shows or hides everything; clipped, no position plus offset leaves int32.
     farthest = lengths[1] + rule.reach
     offset = jnp.clip(jnp.asarray(query_offset, jnp.int32), -lengths[0], farthest)
-    static = {"lengths": lengths, "rule": rule, "capacities": capacities, "num_buckets": num_buckets}
-    plan = _plan(queries, keys, offset, count_tokens=count_tokens, **static)
+    plan = _plan(
+        queries,
+        keys,
+        offset,
+        count_tokens=count_tokens,
+        lengths=lengths,
+        rule=rule,
+        capacities=capacities,
+        num_buckets=num_buckets,
+    )
     for side, overflow, capacity in zip(
         ("query", "key"), (plan.query_overflow, plan.key_overflow), capacities, strict=True
     ):
@@ -271,8 +279,9 @@ def plan_sides(
 
 @functools.partial(jax.jit, static_argnames=("count_tokens", "lengths", "rule", "capacities", "num_buckets"))
 def _plan(queries, keys, query_offset, *, count_tokens, lengths, rule, capacities, num_buckets) -> AttentionPlan:
-    options = {"lengths": lengths, "rule": rule, "capacities": capacities, "num_buckets": num_buckets}
-    by_sorting = functools.partial(_plan_by_sorting, **options)
+    by_sorting = functools.partial(
+        _plan_by_sorting, lengths=lengths, rule=rule, capacities=capacities, num_buckets=num_buckets
+    )
     if count_tokens is None:
         plan = by_sorting(queries, keys, query_offset)
     else:

@@ -1,7 +1,7 @@
 """GPUs that are not there: contexts in which Pallas lowers for one of them."""
 
 import jax
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 # Device kind: multiprocessors, compute capability.
 GPUS = {
@@ -14,6 +14,12 @@ GPUS = {
 def abstract_device(kind):
     """A GPU of this kind, for a mesh."""
     return AbstractDevice(device_kind=kind, num_cores=GPUS[kind][0], platform="gpu")
+
+
+def mesh_of(kind):
+    """A mesh of as many GPUs of this kind as there are devices, with the axis "data"."""
+    axes = {"axis_types": (AxisType.Auto,), "abstract_device": abstract_device(kind)}
+    return AbstractMesh((jax.device_count(),), ("data",), **axes)
 
 
 def on(kind):

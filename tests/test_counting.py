@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 import sparse_flash_jax as sfj
 from sparse_flash_jax.kernels.triton.counting import CHUNK, count_tokens
 from tests.cases import Shape, buckets, half_in_one
-from tests.gpus import GPUS, abstract_device, lowered, on
+from tests.gpus import GPUS, lowered, mesh_of, on
 
 SHAPES = {
     "part_of_a_chunk": (Shape(B=1, T=100, N=1, H=1), 4),
@@ -167,8 +167,7 @@ def test_vmap(asked):
 def test_lowers_for_cuda_under_shard_map(monkeypatch):
     """Over batch entries, where the keys' ids are the same everywhere. (The interpreter knows no mesh axes.)"""
     monkeypatch.setattr("sparse_flash_jax.plan.counting_kernels", lambda: count_tokens)
-    gpu = abstract_device("NVIDIA H100 80GB HBM3")
-    mesh = AbstractMesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,), abstract_device=gpu)
+    mesh = mesh_of("NVIDIA H100 80GB HBM3")
     spec, ids = PartitionSpec("data"), jnp.zeros((jax.device_count(), 300, 2), jnp.int32)
     plan = lambda query, key: sfj.hash_sparse(query, key, num_buckets=8).runs
     call = jax.shard_map(plan, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)

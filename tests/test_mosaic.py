@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 import sparse_flash_jax as sfj
 from sparse_flash_jax.kernels import implementations, mosaic
@@ -18,7 +18,7 @@ from tests import definition
 from tests.budget import assert_within_budget, with_gradients
 from tests.cases import CASES, Case, Pattern, Shape, buckets, kept
 from tests.contract import IntervalContract
-from tests.gpus import abstract_device, lowered, on, passes
+from tests.gpus import lowered, mesh_of, on, passes
 from tests.test_attention import judges
 from tests.test_transforms import LENGTH, attended, drawn, hashed
 
@@ -170,8 +170,7 @@ def test_transformed_calls_lower_for_cuda(monkeypatch, attend, how):
     if how == "vmap":
         call, operands = jax.vmap(attend), [x.reshape(4, 2, *x.shape[1:]) for x in operands]
     else:
-        gpu = abstract_device("NVIDIA H100 80GB HBM3")
-        mesh = AbstractMesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,), abstract_device=gpu)
+        mesh = mesh_of("NVIDIA H100 80GB HBM3")
         call = jax.shard_map(attend, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))
     with on("NVIDIA H100 80GB HBM3"):
         text = lowered(call, *operands)

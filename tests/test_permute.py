@@ -12,10 +12,10 @@ LENGTH, HEAD_DIM = 11, 3
 SCATTERS = {"scatter", "scatter-add", "scatter_add", "scatter-mul", "scatter_mul"}
 
 
-def permutation(slots, batch=2, heads=4):
+def permutation(slots, batch=2, heads=4, length=LENGTH):
     """Random permutations cut to some slots."""
     rng = np.random.default_rng(slots)
-    order = np.argsort(rng.random((batch, heads, LENGTH)), axis=-1)
+    order = np.argsort(rng.random((batch, heads, length)), axis=-1)
     slot = np.minimum(np.argsort(order, axis=-1), slots)
     return Permutation(jnp.asarray(order[..., :slots], jnp.int32), jnp.asarray(slot, jnp.int32))
 

@@ -14,6 +14,7 @@ from sparse_flash_jax.kernels.config import Blocks, Config
 from sparse_flash_jax.permute import Permutation
 from tests.cases import Shape, buckets
 from tests.gpus import GPUS, lowered, on
+from tests.test_permute import permutation
 
 INTERPRETED = rows.RowKernels(interpret=True)
 SHAPES = {  # and how many slots queries and keys have
@@ -21,12 +22,6 @@ SHAPES = {  # and how many slots queries and keys have
     "fewer_slots": (Shape(B=1, T=64, N=2, H=64), (40, 1)),
     "one_query": (Shape(B=2, T=1, N=3, S=70, K=1, H=5), (1, 70)),
 }
-
-
-def permutation(rng, batch, heads, length, slots):
-    order = np.argsort(rng.random((batch, heads, length)), axis=-1)
-    slot = np.minimum(np.argsort(order, axis=-1), slots)
-    return Permutation(jnp.asarray(order[..., :slots], jnp.int32), jnp.asarray(slot, jnp.int32))
 
 
 @pytest.fixture(params=SHAPES)
@@ -38,8 +33,8 @@ def moved(request):
         jnp.asarray(rng.standard_normal((*axes, shape.H)), jnp.bfloat16)
         for axes in (shape.query_axes, shape.key_axes, shape.key_axes)
     )
-    queries = permutation(rng, shape.B, shape.N, shape.T, slots[0])
-    return (q, *of_keys), queries, permutation(rng, 1, 1, shape.keys, slots[1])
+    queries = permutation(slots[0], shape.B, shape.N, shape.T)
+    return (q, *of_keys), queries, permutation(slots[1], 1, 1, shape.keys)
 
 
 def assert_equal(got, expected):
@@ -77,7 +72,7 @@ def test_where_slots_are_positions_nothing_is_launched(moved):
 def test_vmap(way):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((3, 2, 70, 2, 8)), jnp.float32)
-    by = permutation(rng, 2, 2, 70, 70)
+    by = permutation(70, 2, 2, 70)
     by = jax.tree.map(lambda p: jnp.stack([p] * 3), by) if way is jax.vmap else by
     there_and_back = lambda kernels: (
         lambda x, by: rows.to_positions(rows.to_slots((x,), (by,), kernels), (by,), kernels)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-from sparse_flash_jax.hashing import lsh_buckets
+from sparse_flash_jax.hashing import hash_sides
 from sparse_flash_jax.patterns import causal, packed, random_keep, top_keep
 from sparse_flash_jax.plan import AttentionPlan, make_plan
 
@@ -97,8 +97,7 @@ class Hash:
         """
         if key is None:
             raise ValueError(f"{self} draws random rotations: pass key=jax.random.key(...), a fresh one each step.")
-        query_bucket = lsh_buckets(q, self.num_buckets, key, num_rotations=k.shape[2])
-        key_bucket = query_bucket if k is q else lsh_buckets(k, self.num_buckets, key)
+        query_bucket, key_bucket = hash_sides(q, k, self.num_buckets, key)
         document = () if segment_ids is None else (segment_ids[..., None],)
         return make_plan(
             query_group=(*document, query_bucket),
