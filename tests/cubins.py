@@ -19,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 from sparse_flash_jax.kernels import mosaic, triton
 from sparse_flash_jax.kernels.config import mosaic_config, triton_config
 from sparse_flash_jax.kernels.tiles import Runs
-from tests.gpus import GPUS, on, passes
+from tests.gpus import GPUS, on, passes, passes_by_position
 
 HOPPER = "NVIDIA H100 80GB HBM3"
 # What the compiler asks of a GPU: capability, shared memory a block and a multiprocessor, L2, memory, its bandwidth.
@@ -63,7 +63,13 @@ def compile_all(kernels, kind, dtype, head_dim, config):
     topology = topologies.get_topology_desc("", platform="cuda", target_config=target(kind), topology="1x1x1")
     place = SingleDeviceSharding(topology.devices[0])
     runs = Runs(*jax.eval_shape(lambda: [jnp.zeros((1, 4, 1024), jnp.int32)] * 4))
-    for kernel, operands in passes(kernels, dtype, head_dim, runs, length=1024, fused=config.fused):
+    by_position = kernels is mosaic and not config.fused
+    compiled = (
+        passes(kernels, dtype, head_dim, runs, length=1024, fused=config.fused),
+        passes_by_position(kernels, dtype, head_dim, runs, length=1024) if by_position else (),
+    )
+    for kernel, operands in itertools.chain(*compiled):
+        name = kernel.__name__ + "_by_position" * hasattr(kernel, "__wrapped__")
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), operands)
         function = jax.jit(functools.partial(kernel, scale=0.1, config=config))
         try:
@@ -71,9 +77,9 @@ def compile_all(kernels, kind, dtype, head_dim, config):
                 lowered = function.trace(*placed).lower(lowering_platforms=("cuda",))
             lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            yield kernel.__name__, str(error).splitlines()[0]
+            yield name, str(error).splitlines()[0]
         else:
-            yield kernel.__name__, None
+            yield name, None
 
 
 def said(action):

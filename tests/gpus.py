@@ -1,5 +1,7 @@
 """GPUs that are not there: contexts in which Pallas lowers for one of them."""
 
+import functools
+
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
@@ -39,3 +41,15 @@ def passes(kernels, dtype, head_dim, runs, length=300, *, fused=False):
     gradients = (q, k, k, runs, row, q, row)
     backward = (kernels.backward,) if fused else (kernels.backward_dq, kernels.backward_dkv)
     return (kernels.forward, (q, k, k, runs)), *((kernel, gradients) for kernel in backward)
+
+
+def passes_by_position(kernels, dtype, head_dim, runs, length=300):
+    """The same of an implementation that writes outputs by position; the last operand is the order."""
+    order = jax.ShapeDtypeStruct((1, 1, length), "int32")
+    for kernel, operands in passes(kernels, dtype, head_dim, runs, length):
+
+        @functools.wraps(kernel)
+        def ordered(*operands, kernel=kernel, **options):
+            return kernel(*operands[:-1], order=operands[-1], **options)
+
+        yield ordered, (*operands, order)

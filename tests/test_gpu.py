@@ -80,6 +80,27 @@ def test_within_budget(attend, case):
     assert_within_budget(attend(inputs, plan), *judges(inputs, plan))
 
 
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("alike", [False, True], ids=["each_head_its_own", "all_heads_alike"])
+def test_written_by_position_or_moved_there(monkeypatch, head_dim, alike):
+    case = Case(Shape(B=2, T=700, N=4, K=2, H=head_dim), HASHED, "bfloat16")
+    inputs = case.inputs()
+    bucket = jax.random.randint(jax.random.key(0), (1, 700, 1) if alike else (2, 700, 4), 0, 4)
+    plan = sfj.hash_sparse(bucket, bucket[..., ::2], exclude_self=True)
+
+    def attend(inputs):
+        return with_gradients(lambda q, k, v: sfj.sparse_attention(q, k, v, plan, return_residual=True), inputs)
+
+    written = jax.jit(attend)(inputs)
+    assert 'name = "to_positions"' not in jax.jit(attend).lower(inputs).as_text()
+    monkeypatch.setattr("sparse_flash_jax.kernels.interval.order_to_write", lambda *_: None)
+    jax.clear_caches()
+    moved = jax.jit(attend)(inputs)
+    for name, x, y in zip(written._fields, written, moved, strict=True):
+        np.testing.assert_array_equal(x, y, name)
+
+
 def test_repeats_bit_by_bit(attend):
     for case in (case for case in SHIPPED if case.shape.H in (64, 128) and case.dtype == "bfloat16"):
         inputs, plan = case.inputs(), definition.plan(case)

@@ -18,7 +18,7 @@ from tests import definition
 from tests.budget import assert_within_budget, with_gradients
 from tests.cases import CASES, Case, Pattern, Shape, buckets, kept
 from tests.contract import IntervalContract
-from tests.gpus import lowered, mesh_of, on, passes
+from tests.gpus import lowered, mesh_of, on, passes, passes_by_position
 from tests.test_attention import judges
 from tests.test_transforms import LENGTH, attended, drawn, hashed
 
@@ -156,6 +156,17 @@ def test_kernels_lower_for_cuda(dtype, head_dim, long_runs):
         assert "mosaic_gpu" in lowered(functools.partial(kernel, scale=0.1, config=config), *operands)
 
 
+@pytest.mark.parametrize("head_dim", [48, 64, 96, 128, 192, 256])
+def test_kernels_that_write_by_position_lower_for_cuda(head_dim):
+    runs = jax.eval_shape(lambda: sfj.causal(300)).runs
+    config = mosaic_config(head_dim, long_runs=False)
+    for kernel, operands in passes_by_position(mosaic, "bfloat16", head_dim, runs):
+        call = functools.partial(kernel, scale=0.1, config=config)
+        outputs, heads = jax.tree.leaves(jax.eval_shape(call, *operands)), 2 if kernel.__name__ == "backward_dkv" else 4
+        assert {x.shape for x in outputs} - {(1, 4, 300)} == {(1, 300, heads, head_dim)}
+        assert "mosaic_gpu" in lowered(call, *operands)
+
+
 def causally(q, k, v, do, *_):
     """Long runs: all gradients from one kernel."""
     return attended(q, k, v, do, sfj.causal(LENGTH))
@@ -175,5 +186,7 @@ def test_transformed_calls_lower_for_cuda(monkeypatch, attend, how):
     with on("NVIDIA H100 80GB HBM3"):
         text = lowered(call, *operands)
     assert "mosaic_gpu" in text
-    assert ("xla.gpu.triton" in text) == (attend is hashed), "rows are moved by kernels"
+    # Rows are moved to slots by kernels; back they are written by those that compute them.
+    assert ('name = "to_slots"' in text) == (attend is hashed)
+    assert 'name = "to_positions"' not in text
     assert ("interval_attention_dqkv" in text) == (attend is causally)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int32
 
 from sparse_flash_jax.kernels.config import (
     FUSED_HEAD_DIM,
@@ -25,6 +26,7 @@ from sparse_flash_jax.kernels.config import (
 )
 from sparse_flash_jax.kernels.tiles import Runs
 from sparse_flash_jax.kernels.tuned import tuned_config
+from sparse_flash_jax.permute import Permutation
 
 IMPLEMENTATIONS = ("mosaic", "triton", "xla")
 """The fastest first: None picks the first that can do it."""
@@ -79,6 +81,16 @@ def pick_implementation(dtype: Any, head_dim: int, config: Config | None = None)
 def kernels_of(implementation: str) -> ModuleType:
     """Returns the module of an implementation. Nothing of Pallas is imported before."""
     return importlib.import_module(f"sparse_flash_jax.kernels.{implementation}")
+
+
+def order_to_write(implementation: str, config: Config, side: Permutation | None) -> Int32[Array, "B A L"] | None:
+    """Returns the order by which kernels write this side's rows to their positions; None: they leave them by slot.
+
+    Those of "mosaic" take one where each position has a slot, so that all is written; not in the interpreter.
+    """
+    if side is None or implementation != "mosaic" or config.interpret:
+        return None
+    return side.order if side.order.shape[2] == side.slot.shape[2] else None
 
 
 def counting_kernels() -> Callable[..., Any] | None:

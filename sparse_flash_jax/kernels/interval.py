@@ -16,6 +16,7 @@ from sparse_flash_jax.kernels.implementations import (
     check_implementation,
     default_config,
     kernels_of,
+    order_to_write,
     pick_implementation,
 )
 from sparse_flash_jax.kernels.rows import row_kernels, sum_of_products, to_positions, to_slots, to_slots_with_delta
@@ -117,23 +118,32 @@ def _attention(q, k, v, runs, orders, scale, implementation, config):
 
 
 def _forward(q, k, v, runs, orders, scale, implementation, config):
-    rows = row_kernels(implementation, interpret=config.interpret)
+    rows, order = row_kernels(implementation, interpret=config.interpret), None
     if orders is not None:
         q, k, v = _to_slots((q, k, v), (orders[0], orders[1], orders[1]), rows)
-    o, lse = _attend(q, k, v, runs, scale, implementation, config)
+        order = order_to_write(implementation, config, orders[0])
+    o, lse = _attend(q, k, v, runs, order, scale, implementation, config)
     if orders is not None:
-        (o,) = _to_positions((o,), orders[:1], rows)
+        (o,) = _to_positions((o,), orders[:1], (order,), rows)
     o, lse = (checkpoint_name(x, name) for x, name in zip((o, lse), RESIDUAL_NAMES, strict=True))
     return (o, lse), (q, k, v, runs, orders, o, lse)
 
 
 _to_slots = jax.jit(to_slots, static_argnums=2)
-_to_positions = jax.jit(to_positions, static_argnums=2)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def _attend(q, k, v, runs, scale, implementation, config):
-    return kernels_of(implementation).forward(q, k, v, runs, scale=scale, config=config)
+@functools.partial(jax.jit, static_argnums=3)
+def _to_positions(xs, sides, written, rows):
+    """Returns rows by position, where no kernel has written them so by an order."""
+    left = [i for i, order in enumerate(written) if order is None]
+    moved = to_positions([xs[i] for i in left], [sides[i] for i in left], rows)
+    restored = dict(zip(left, moved, strict=True))
+    return [restored.get(i, x) for i, x in enumerate(xs)]
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def _attend(q, k, v, runs, order, scale, implementation, config):
+    return kernels_of(implementation).forward(q, k, v, runs, scale=scale, config=config, **_given(order))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -148,14 +158,23 @@ def _backward(scale, implementation, config, residuals, cotangents):
     # d lse / d s is p, as is d o / d s up to the row's mean, so lse's cotangent joins delta.
     delta = delta - dlse
     kernels, operands = kernels_of(implementation), (q, k, v, runs, lse, do, delta)
+    by_query = by_key = None
     if config.fused:
         dq, dk, dv = kernels.backward(*operands, scale=scale, config=config)
     else:
-        dq = kernels.backward_dq(*operands, scale=scale, config=config)
-        dk, dv = kernels.backward_dkv(*operands, scale=scale, config=config)
+        if orders is not None:
+            by_query, by_key = (order_to_write(implementation, config, side) for side in orders)
+        dq = kernels.backward_dq(*operands, scale=scale, config=config, **_given(by_query))
+        dk, dv = kernels.backward_dkv(*operands, scale=scale, config=config, **_given(by_key))
     if orders is not None:
-        dq, dk, dv = to_positions((dq, dk, dv), (orders[0], orders[1], orders[1]), rows)
+        sides, written = (orders[0], orders[1], orders[1]), (by_query, by_key, by_key)
+        dq, dk, dv = _to_positions((dq, dk, dv), sides, written, rows)
     return dq, dk, dv, None, None
+
+
+def _given(order: Array | None) -> dict[str, Array]:
+    """An argument that kernels have which write by position."""
+    return {} if order is None else {"order": order}
 
 
 _attention.defvjp(_forward, _backward)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from sparse_flash_jax.kernels.config import Config, HopperBlocks
 from sparse_flash_jax.kernels.mosaic.dq_sums import (
@@ -33,6 +33,7 @@ from sparse_flash_jax.kernels.mosaic.launch import (
     ready_barriers,
     row_buffers,
 )
+from sparse_flash_jax.kernels.mosaic.outputs import store
 from sparse_flash_jax.kernels.mosaic.pipeline import (
     Feed,
     compute_and_load,
@@ -57,6 +58,7 @@ from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, sweep
 def _dkv_kernel(
     q_start,
     q_stop,
+    order,
     k,
     v,
     q,
@@ -98,7 +100,7 @@ def _dkv_kernel(
         return visit, *(load_rows(ref.at[*seen]) for ref in (q_start, q_stop))
 
     def compute(turns, r, ahead, taken):
-        rows, own = program.rows(r), program.own(r)
+        own = program.own(r)
         plgpu.barrier_wait(rows_ready.at[own])
         loaded = (k_tile, v_tile)
         if "k" not in parts or (sums_of_dq and shapes.members > 1):  # v is not used, or has no registers left
@@ -187,8 +189,7 @@ def _dkv_kernel(
         buffers_of = {"k": k_tile, "v": k_tile if parts == "v" else v_tile}
         for part, x in zip(parts, sums, strict=True):
             buffers_of[part][own] = (x * scale if part == "k" else x).astype(dtype)
-        targets = (output.at[b, head, rows] for output in outputs)
-        program.store(r, *((buffers_of[part].at[own], target) for part, target in zip(parts, targets, strict=True)))
+        store(program, r, order, *((buffers_of[part], output) for part, output in zip(parts, outputs, strict=True)))
         return taken
 
     def loading():
@@ -202,7 +203,8 @@ def _dkv_kernel(
         load_columns(program, lambda r, member: program.columns(r, q_start, q_stop, member), [Feed(free, load)])
 
     look_ahead = lambda r: look(r, 0) if shapes.members == 1 else None
-    computing = lambda: compute_tiles(program, turn, fetch, look_ahead, compute, outputs=len(parts))
+    copies = len(parts) if order is None else 0
+    computing = lambda: compute_tiles(program, turn, fetch, look_ahead, compute, copies)
     if sums_of_dq is None:
         return compute_and_load(block, computing, loading)
     summing = functools.partial(sum_dq, program, q_start, q_stop, k_tile, sums_of_dq, stage)
@@ -220,12 +222,13 @@ def backward_dkv(
     *,
     scale: float,
     config: Config[HopperBlocks],
-) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-    """Returns dk and dv in k's dtype, summed over the query heads of a group."""
+    order: Int32[Array, "#B #K S"] | None = None,
+) -> tuple[Float[Array, "B K S H"] | Float[Array, "B S K H"], ...]:
+    """Returns dk and dv in k's dtype, summed over a group's query heads; [B S K H] by position, given the order."""
     # From head dim 192 on the registers hold one of the two sums.
     launches = ("kv",) if k.shape[3] <= 128 else ("k", "v")
     operands = (q, k, v, runs, lse, do, delta)
-    dk, dv = (x for parts in launches for x in _dkv(parts, *operands, scale=scale, config=config))
+    dk, dv = (x for parts in launches for x in _dkv(parts, *operands, scale=scale, config=config, order=order))
     return dk, dv
 
 
@@ -266,7 +269,7 @@ def backward(
     return jnp.where(sees, by_bounds * scale, 0.0).astype(q.dtype).reshape(q.shape), dk, dv
 
 
-def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, config):
+def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, config, order=None):
     block, head_dim = config.dkv, padded_head_dim(k.shape[3])
     held, both = row_buffers(block), 2 if "k" in parts else 1
     q_ready, do_ready, free = ready_barriers(block, 2), ready_barriers(block, both), free_barriers(block)
@@ -295,6 +298,7 @@ def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, config):
     outputs = launch(
         functools.partial(_dkv_kernel, parts=parts),
         (start, stop),
+        order,
         (k, v),
         (q, do, lse * LOG2E, delta),
         [like[part] for part in parts],

@@ -11,7 +11,7 @@ import functools
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from sparse_flash_jax.kernels.config import Config, HopperBlocks
 from sparse_flash_jax.kernels.mosaic.launch import (
@@ -22,6 +22,7 @@ from sparse_flash_jax.kernels.mosaic.launch import (
     ready_barriers,
     row_buffers,
 )
+from sparse_flash_jax.kernels.mosaic.outputs import store
 from sparse_flash_jax.kernels.mosaic.pipeline import Stream, compute_and_load, compute_tiles, load_keys, pass_keys
 from sparse_flash_jax.kernels.mosaic.products import afresh, hide, load_rows, multiply, product, spread_rows
 from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Program, Shapes
@@ -31,6 +32,7 @@ from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, sweep
 def _dq_kernel(
     k_start,
     k_stop,
+    order,
     q,
     do,
     lse,
@@ -73,7 +75,7 @@ def _dq_kernel(
 
     def compute(turns, r, seen, taken):
         visit, start, stop, lse_row, delta_row = seen
-        rows, own = program.rows(r), program.own(r)
+        own = program.own(r)
         slot = lambda j: afresh(program.slot(taken + j - visit.start))
         plgpu.barrier_wait(rows_ready.at[own])
 
@@ -108,12 +110,12 @@ def _dq_kernel(
 
         acc = pl.run_scoped(accumulate, product((WARPGROUP_ROWS, q.shape[3])))
         q_tile[own] = (acc * scale).astype(dtype)
-        program.store(r, (q_tile.at[own], dq.at[b, n, rows]))
+        store(program, r, order, (q_tile, dq))
         return taken + visit.stop - visit.start
 
     compute_and_load(
         block,
-        lambda: compute_tiles(program, turn, fetch, look, compute, outputs=1),
+        lambda: compute_tiles(program, turn, fetch, look, compute, copies=1 if order is None else 0),
         lambda: load_keys(program, k_start, k_stop, streams),
     )
 
@@ -129,8 +131,9 @@ def backward_dq(
     *,
     scale: float,
     config: Config[HopperBlocks],
-) -> Float[Array, "B N T H"]:
-    """Returns dq in q's dtype; `delta` is sum(o * do) less the cotangent of lse."""
+    order: Int32[Array, "#B #N T"] | None = None,
+) -> Float[Array, "B N T H"] | Float[Array, "B T N H"]:
+    """Returns dq in q's dtype, [B T N H] by position given the order; `delta` is sum(o * do) less lse's cotangent."""
     block, head_dim = config.dq, padded_head_dim(q.shape[3])
     held = row_buffers(block)
     ready, free = ready_barriers(block), free_barriers(block)
@@ -140,6 +143,7 @@ def backward_dq(
     (dq,) = launch(
         _dq_kernel,
         (runs.k_start, runs.k_stop),
+        order,
         (q, do, lse * LOG2E, delta),
         (k, v),
         (q,),

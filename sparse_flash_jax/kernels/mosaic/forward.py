@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from sparse_flash_jax.kernels.config import Config, HopperBlocks
 from sparse_flash_jax.kernels.mosaic.launch import (
@@ -26,6 +26,7 @@ from sparse_flash_jax.kernels.mosaic.launch import (
     ready_barriers,
     row_buffers,
 )
+from sparse_flash_jax.kernels.mosaic.outputs import store
 from sparse_flash_jax.kernels.mosaic.pipeline import Stream, compute_and_load, compute_tiles, load_keys, pass_keys
 from sparse_flash_jax.kernels.mosaic.products import (
     BY_ROW,
@@ -44,6 +45,7 @@ from sparse_flash_jax.kernels.tiles import FLOOR, LOG2E, LOWEST, Runs, sweep
 def _kernel(
     k_start,
     k_stop,
+    order,
     q,
     k,
     v,
@@ -84,7 +86,7 @@ def _kernel(
 
     def compute(turns, r, seen, taken):
         visit, start, stop = seen
-        rows, own = program.rows(r), program.own(r)
+        own = program.own(r)
         slot = lambda j: afresh(program.slot(taken + j - visit.start))
         plgpu.barrier_wait(q_ready.at[own])
 
@@ -185,12 +187,12 @@ def _kernel(
         total = jnp.where(some, total, 1.0)
         q_tile[own] = (acc * spread_rows(1.0 / total, acc.shape)).astype(dtype)
         lse_tile[own] = jnp.where(some, (top + jnp.log(total) * LOG2E) / LOG2E, -jnp.inf)
-        program.store(r, (q_tile.at[own], o.at[b, n, rows]), (lse_tile.at[own], lse.at[b, n, rows]))
+        store(program, r, order, (q_tile, o), (lse_tile, lse))
         return taken + visit.stop - visit.start
 
     compute_and_load(
         block,
-        lambda: compute_tiles(program, turn, fetch, look, compute, outputs=2),
+        lambda: compute_tiles(program, turn, fetch, look, compute, copies=2 if order is None else 1),
         lambda: load_keys(program, k_start, k_stop, streams),
     )
 
@@ -210,8 +212,9 @@ def forward(
     *,
     scale: float,
     config: Config[HopperBlocks],
-) -> tuple[Float[Array, "B N T H"], Float32[Array, "B N T"]]:
-    """Returns o in q's dtype, and lse with -inf where a row sees nothing."""
+    order: Int32[Array, "#B #N T"] | None = None,
+) -> tuple[Float[Array, "B N T H"] | Float[Array, "B T N H"], Float32[Array, "B N T"]]:
+    """Returns o in q's dtype, and lse with -inf where a row sees nothing; o [B T N H] by position, given the order."""
     block, head_dim = config.forward, padded_head_dim(q.shape[3])
     if block.overlap and block.num_stages < 2:
         raise ValueError(f"with overlap two tiles of keys are in use, so num_stages must be at least 2, got {block}.")
@@ -221,6 +224,7 @@ def forward(
     o, lse = launch(
         _kernel,
         (runs.k_start, runs.k_stop),
+        order,
         (q,),
         (k, v),
         (q, jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)),

@@ -1,6 +1,5 @@
 """What the Hopper kernels share outside of them: padding, shared memory and the launch itself."""
 
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,6 +29,7 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 def launch(
     kernel: Callable,
     bounds: tuple[Int32[Array, "b a L"], Int32[Array, "b a L"]],
+    order: Int32[Array, "_b _a L"] | None,
     rows: Sequence[Array],
     columns: Sequence[Array],
     outputs: Sequence[Array | jax.ShapeDtypeStruct],
@@ -46,10 +46,12 @@ def launch(
     """Returns a kernel's outputs, computed tile of rows by tile of rows.
 
     Args:
-        kernel: takes refs of start, stop, `rows`, `columns`, `outputs` (the last three padded) and `scratch`; in the
-            interpreter one more, of shared memory for operands that it cannot take from registers; and by keyword
-            scale and shapes.
+        kernel: takes refs of start, stop, the order (or None), `rows`, `columns`, `outputs` (the last three padded) and
+            `scratch`; in the interpreter one more, of shared memory for operands that it cannot take from
+            registers; and by keyword scale and shapes.
         bounds: start and stop of each row's run of columns; A divides N.
+        order: position of each row, all L of them, -1 where it is padded; outputs with a head dim are then [B L A H],
+            by position. None leaves them by slot.
         rows: [B N|K L H] or [B N L]: what a tile of rows holds of its own.
         columns: [B K|N M H] or [B N M]: what streams past it.
         outputs: of their shapes and dtypes, [B A L H] or [B A L].
@@ -79,18 +81,22 @@ def launch(
         last_first=last_first,
         beside=beside,
     )
-    start, stop = (pad_bounds(x, WARPGROUP_ROWS) for x in bounds)
-    body = functools.partial(kernel, scale=scale, shapes=shapes)
-    body.__name__ = name  # pyright: ignore[reportAttributeAccessIssue]
+    by_slot = [pad_bounds(x, WARPGROUP_ROWS) for x in bounds]
+    if order is not None:
+        by_slot.append(jnp.pad(order, ((0, 0), (0, 0), (0, -length % WARPGROUP_ROWS)), constant_values=-1))
+
+    def body(start, stop, *refs):
+        before = refs if order is not None else (None, *refs)
+        kernel(start, stop, *before, scale=scale, shapes=shapes)
+
+    body.__name__ = name
     interpreted = {}
     if config.interpret:
         interpreted["interpret"] = _INTERPRET
         scratch = [*scratch, buffers(block.warpgroups, WARPGROUP_ROWS, block.columns, rows[0].dtype)]
     call = plgpu.kernel(
         body,
-        out_type=[
-            jax.ShapeDtypeStruct(padded_shape(x.shape, WARPGROUP_ROWS, padded_head_dim), x.dtype) for x in outputs
-        ],
+        out_type=[_padded_output(x, by_position=order is not None) for x in outputs],
         scratch_types=tuple(scratch),
         grid=(batch, row_heads // beside, pl.cdiv(shapes.length, block.rows * block.tiles) * beside),
         grid_names=("batch", "head", "program"),  # the last is the fastest: neighbours read the same columns
@@ -102,8 +108,23 @@ def launch(
     rows = [pad(x, WARPGROUP_ROWS, padded_head_dim) for x in rows]
     columns = [pad(x, block.columns, padded_head_dim) for x in columns]
     # The call takes no note of the mesh axes that its operands vary over.
-    _, *padded = vary_alike((rows[0], *call(start, stop, *rows, *columns)))
-    return [jax.lax.slice(x, (0,) * x.ndim, like.shape) for x, like in zip(padded, outputs, strict=True)]
+    _, *padded = vary_alike((rows[0], *call(*by_slot, *rows, *columns)))
+    return [_cut(x, like, by_position=order is not None) for x, like in zip(padded, outputs, strict=True)]
+
+
+def _padded_output(like: Array | jax.ShapeDtypeStruct, *, by_position: bool) -> jax.ShapeDtypeStruct:
+    """[B A L] or [B A L H] in whole tiles; by position [B L A H], of which the head dim alone is padded."""
+    if by_position and like.ndim == 4:
+        batch, heads, length, head_dim = like.shape
+        return jax.ShapeDtypeStruct((batch, length, heads, padded_head_dim(head_dim)), like.dtype)
+    return jax.ShapeDtypeStruct(padded_shape(like.shape, WARPGROUP_ROWS, padded_head_dim), like.dtype)
+
+
+def _cut(x: Array, like: Array | jax.ShapeDtypeStruct, *, by_position: bool) -> Array:
+    """Returns an output without its padding."""
+    if by_position and like.ndim == 4:
+        return x[..., : like.shape[3]]
+    return jax.lax.slice(x, (0,) * x.ndim, like.shape)
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -113,11 +134,15 @@ def padded_head_dim(head_dim: int) -> int:
 
 def buffers(count: int, rows: int, columns: int, dtype: Any) -> Any:
     """Returns shared memory for tiles that wgmma reads: [count, rows, columns], swizzled."""
+    return plgpu.SMEM((count, rows, columns), dtype, transforms=swizzled(columns, dtype))
+
+
+def swizzled(columns: int, dtype: Any) -> tuple[Any, ...]:
+    """Returns how such a tile lies in shared memory: in boxes of 8 rows, their columns exchanged."""
     bits = 8 * jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(columns * bits)
     tiling = plgpu.TilingTransform((8, 8 * swizzle // bits))  # pyright: ignore[reportAbstractUsage]
-    swizzling = plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
-    return plgpu.SMEM((count, rows, columns), dtype, transforms=(tiling, swizzling))
+    return tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
 
 
 def row_buffers(block: HopperBlocks) -> int:

@@ -139,7 +139,7 @@ def compute_tiles(
     fetch: Callable[[Any], None],
     look: Callable[[Any], Any],
     compute: Callable[[Turns, Any, Any, Any], Any],
-    outputs: int,
+    copies: int,
 ) -> None:
     """Runs n = compute(turns, r, look(r), n) over the program's tiles, n the steps taken before.
 
@@ -150,8 +150,8 @@ def compute_tiles(
         turn: barriers of the warpgroups' turns.
         fetch: starts to copy the rows of a tile.
         look: reads what a tile needs in registers.
-        compute: starts to copy `outputs` outputs back.
-        outputs: how many.
+        compute: starts to copy outputs back.
+        copies: how many of them are copies by TMA.
     """
     turns = Turns(program, turn)
     fetch(0)
@@ -160,7 +160,7 @@ def compute_tiles(
         n, seen = carry
         # The next rows' buffers held the outputs of the tile before the last. (What `store` leaves out belongs to the
         # first or last tile of a program, so that this counts right in between.)
-        plgpu.wait_smem_to_gmem(outputs, wait_read_only=True)
+        plgpu.wait_smem_to_gmem(copies, wait_read_only=True)
 
         @pl.when(r + 1 < program.count)
         def _():

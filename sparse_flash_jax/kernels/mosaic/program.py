@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparse_flash_jax.kernels.config import HopperBlocks
 from sparse_flash_jax.kernels.tiles import TileRange, tile_range
@@ -50,15 +49,6 @@ class Program:
     def rows(self, r: Any) -> Any:
         """Returns the rows of this warpgroup in the program's r-th tile; the last ones where it would be past them."""
         return pl.ds(lax.min(self._row(r), jnp.int32(self.shapes.length - WARPGROUP_ROWS)), WARPGROUP_ROWS)
-
-    def store(self, r: Any, *copies: tuple[Any, Any]) -> None:
-        """Starts to copy (shared memory, array) for each output of the r-th tile, unless it is past the last row."""
-        plgpu.commit_smem()
-
-        @pl.when(~self.past_the_end(r))
-        def _():
-            for source, target in copies:
-                plgpu.copy_smem_to_gmem(source, target)
 
     def past_the_end(self, r: Any) -> Any:
         """Returns whether this warpgroup has no rows of its own in the program's r-th tile."""
