@@ -34,7 +34,7 @@ def lsh_buckets(
 
     Source: "Practical and Optimal LSH for Angular Distance", arXiv 1509.02897.
     """
-    return _hash(x, _draw_rotation(x, num_buckets, key, num_rotations))
+    return _hash(x, draw_rotation(x, num_buckets, key, num_rotations))
 
 
 def hash_sides(
@@ -47,7 +47,7 @@ def hash_sides(
     hash_rows = hashing_kernel(num_buckets)
 
     def hash_side(x):
-        rotation = _draw_rotation(x, num_buckets, key, k.shape[2])
+        rotation = draw_rotation(x, num_buckets, key, k.shape[2])
         if hash_rows is None:
             return _hash(x, rotation)
         # A GPU's host may hash on its CPU, too. The ways must agree in the mesh axes that their outputs vary over.
@@ -58,10 +58,10 @@ def hash_sides(
     return query_bucket, query_bucket if k is q else hash_side(k)
 
 
-def _draw_rotation(
+def draw_rotation(
     x: Float[Array, "B T N H"], num_buckets: int, key: PRNGKeyArray, num_rotations: int | None
 ) -> Float32[Array, "K H R"]:
-    """Returns random unit columns for each of the rotations, of checked arguments."""
+    """Checks the arguments of `lsh_buckets` and returns its R: random columns of length 1 for each rotation."""
     check_array("x", x, "B T N H", FLOAT_DTYPES)
     positive_int("num_buckets", num_buckets)
     if num_buckets % 2:

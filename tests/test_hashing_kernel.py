@@ -1,6 +1,5 @@
 """The kernel that hashes puts vectors where `lsh_buckets` does, but for ties; and it lowers for CUDA."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 import sparse_flash_jax as sfj
 from sparse_flash_jax.flax.pattern import Hash
-from sparse_flash_jax.hashing import _draw_rotation, hash_sides
+from sparse_flash_jax.hashing import draw_rotation, hash_sides
 from sparse_flash_jax.kernels.triton.hashing import ROWS, hash_rows
 from tests.gpus import GPUS, lowered, mesh_of, on
 
@@ -43,7 +42,7 @@ def assert_buckets(bucket, x, num_buckets, key=KEY, num_rotations=None):
     expected = sfj.lsh_buckets(x, num_buckets, key, num_rotations=num_rotations)
     assert bucket.shape == expected.shape
     assert bucket.dtype == jnp.int32
-    rotation = np.asarray(_draw_rotation(x, num_buckets, key, num_rotations), np.float64)
+    rotation = np.asarray(draw_rotation(x, num_buckets, key, num_rotations), np.float64)
     rotation = np.repeat(rotation, x.shape[2] // rotation.shape[0], axis=0)
     x = np.asarray(x.astype(jnp.float32), np.float64)
     projected = np.einsum("btnh,nhr->btnr", x, rotation)
@@ -59,21 +58,21 @@ def assert_buckets(bucket, x, num_buckets, key=KEY, num_rotations=None):
 def test_equal_but_for_ties(name):
     shape, num_rotations, num_buckets = SHAPES[name]
     x = vectors(shape)
-    bucket = hash_rows(x, _draw_rotation(x, num_buckets, KEY, num_rotations), interpret=True)
+    bucket = hash_rows(x, draw_rotation(x, num_buckets, KEY, num_rotations), interpret=True)
     assert_buckets(bucket, x, num_buckets, num_rotations=num_rotations)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_in_16_bits(dtype):
     x = vectors((1, 400, 3, 64), dtype)
-    bucket = hash_rows(x, _draw_rotation(x, 64, KEY, None), interpret=True)
+    bucket = hash_rows(x, draw_rotation(x, 64, KEY, None), interpret=True)
     assert_buckets(bucket, x, 64)
 
 
 def test_rounded_rotations_would_be_seen():
     """That is, the bound is not too wide to tell float32 from bfloat16."""
     x = vectors((1, 2000, 2, 64))
-    rounded = _draw_rotation(x, 64, KEY, None).astype(jnp.bfloat16).astype(jnp.float32)
+    rounded = draw_rotation(x, 64, KEY, None).astype(jnp.bfloat16).astype(jnp.float32)
     with pytest.raises(AssertionError, match="are no ties"):
         assert_buckets(hash_rows(x, rounded, interpret=True), x, 64)
 
@@ -81,7 +80,7 @@ def test_rounded_rotations_would_be_seen():
 @pytest.mark.parametrize("number", [0.0, np.nan])
 def test_vectors_without_direction(number):
     x = jnp.full((1, 5, 1, 8), number)
-    bucket = hash_rows(x, _draw_rotation(x, 6, KEY, None), interpret=True)
+    bucket = hash_rows(x, draw_rotation(x, 6, KEY, None), interpret=True)
     np.testing.assert_array_equal(bucket, sfj.lsh_buckets(x, 6, KEY))
 
 
@@ -188,7 +187,7 @@ def test_lowers_for_cuda(kind, dtype, head_dim, directions):
 )
 def test_hashed_on_a_gpu(shape, num_rotations, num_buckets, dtype):
     x = vectors(shape, dtype)
-    bucket = jax.jit(hash_rows)(x, _draw_rotation(x, num_buckets, KEY, num_rotations))
+    bucket = jax.jit(hash_rows)(x, draw_rotation(x, num_buckets, KEY, num_rotations))
     assert_buckets(bucket, x, num_buckets, num_rotations=num_rotations)
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from sparse_flash_jax.kernels.triton.launch import triton_call
 
 ROWS = 128  # positions of a program
+_WARPS = 8
 _BLOCK = 64  # of the head dim, at a time in registers
 _SMALLEST = 16  # side of a product's operands
 # Six products of the three bfloat16 parts of each operand: what they leave out is below float32's rounding.
@@ -39,7 +40,7 @@ def hash_rows(
         [jax.ShapeDtypeStruct((batch, heads, length), jnp.int32)],
         like=x,
         grid=(heads, pl.cdiv(length, ROWS), batch),
-        num_warps=8,
+        num_warps=_WARPS,
         num_stages=1,
         interpret=interpret,
         name="hash_rows",
@@ -54,25 +55,26 @@ def _hash(x_ref, rotation_ref, bucket_ref, *, group: int):
     _, length, _, head_dim = x_ref.shape
     directions = rotation_ref.shape[2]
     block, columns = min(_BLOCK, _operand_side(head_dim)), _operand_side(directions)
-    projected = jnp.zeros((ROWS, columns), jnp.float32)
-    for first in range(0, head_dim, block):
-        t, h = _positions(chunk, (ROWS, block), 0), first + lax.broadcasted_iota(jnp.int32, (ROWS, block), 1)
-        x = pltriton.load(x_ref.at[b, t, n, h], mask=(t < length) & (h < head_dim), other=0)
-        h, column = (lax.broadcasted_iota(jnp.int32, (block, columns), axis) for axis in (0, 1))
-        part = (lax.div(n, jnp.int32(group)), first + h, column)
-        rotation = pltriton.load(rotation_ref.at[part], mask=(first + h < head_dim) & (column < directions), other=0)
-        projected += lax.dot(x.astype(jnp.float32), rotation, precision=_PRECISION)
+    row, i = (lax.broadcasted_iota(jnp.int32, (ROWS, block), axis) for axis in (0, 1))
+    j, column = (lax.broadcasted_iota(jnp.int32, (block, columns), axis) for axis in (0, 1))
+
+    def add_block(step, projected):
+        first, t = step * block, chunk * ROWS + row
+        x_inside, inside = (t < length) & (first + i < head_dim), (first + j < head_dim) & (column < directions)
+        x = pltriton.load(x_ref.at[b, t, n, first + i], mask=x_inside, other=0)  # [ROWS, block]
+        directions_at = (lax.div(n, jnp.int32(group)), first + j, column)
+        rotation = pltriton.load(rotation_ref.at[directions_at], mask=inside, other=0)  # [block, columns]
+        return projected + lax.dot(x.astype(jnp.float32), rotation, precision=_PRECISION)
+
+    zeros = jnp.zeros((ROWS, columns), jnp.float32)
+    projected = lax.fori_loop(0, pl.cdiv(head_dim, block), add_block, zeros)
     # Columns past the directions are 0, and never the first of the longest.
     column = lax.broadcasted_iota(jnp.int32, projected.shape, 1)
     longest = jnp.max(jnp.abs(projected), axis=1)[:, None]
     along, against = projected == longest, projected == -longest
     bucket = jnp.where(along | jnp.isnan(projected), column, jnp.where(against, directions + column, 2 * directions))
-    t = _positions(chunk, (ROWS,), 0)
+    t = chunk * ROWS + lax.iota(jnp.int32, ROWS)
     pltriton.store(bucket_ref.at[b, n, t], jnp.min(bucket, axis=1), mask=t < length)
-
-
-def _positions(chunk: Array, shape: tuple[int, ...], axis: int) -> Array:
-    return chunk * ROWS + lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
 def _operand_side(size: int) -> int:
