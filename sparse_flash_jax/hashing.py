@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
+from sparse_flash_jax.kernels.implementations import hashing_kernel
+from sparse_flash_jax.manual_axes import vary_alike
 from sparse_flash_jax.validation import FLOAT_DTYPES, check_array, positive_int
 
 
@@ -32,28 +34,53 @@ def lsh_buckets(
 
     Source: "Practical and Optimal LSH for Angular Distance", arXiv 1509.02897.
     """
-    check_array("x", x, "B T N H", FLOAT_DTYPES)
-    positive_int("num_buckets", num_buckets)
-    if num_buckets % 2:
-        raise ValueError(f"num_buckets must be even (a direction and its opposite are two), got {num_buckets}.")
-    batch, length, heads, head_dim = x.shape
-    num_rotations = heads if num_rotations is None else num_rotations
-    positive_int("num_rotations", num_rotations)
-    if heads % num_rotations:
-        raise ValueError(f"num_rotations must divide the number of heads {heads}, got {num_rotations}.")
-    rotation = jax.random.normal(key, (num_rotations, head_dim, num_buckets // 2), jnp.float32)
-    rotation = rotation / jnp.linalg.norm(rotation, axis=1, keepdims=True)
-    grouped = x.reshape(batch, length, num_rotations, heads // num_rotations, head_dim)
-    projected = jnp.einsum(
-        "btkgh,khr->btkgr", grouped.astype(jnp.float32), rotation, precision=lax.Precision.HIGHEST
-    ).reshape(batch, length, heads, num_buckets // 2)
-    bucket = jnp.argmax(jnp.concatenate([projected, -projected], axis=-1), axis=-1).astype(jnp.int32)
-    return lax.stop_gradient(bucket)
+    return _hash(x, draw_rotation(x, num_buckets, key, num_rotations))
 
 
 def hash_sides(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], num_buckets: int, key: PRNGKeyArray
 ) -> tuple[Int32[Array, "B T N"], Int32[Array, "B S K"]]:
-    """Returns the buckets of queries and keys by the same rotations; the same array twice where k is q."""
-    query_bucket = lsh_buckets(q, num_buckets, key, num_rotations=k.shape[2])
-    return query_bucket, query_bucket if k is q else lsh_buckets(k, num_buckets, key)
+    """Returns the buckets of queries and keys by the same rotations; the same array twice where k is q.
+
+    NVIDIA GPUs hash by a kernel. Its buckets are those of `lsh_buckets`, but for ties within float32's rounding.
+    """
+    hash_rows = hashing_kernel(num_buckets)
+
+    def hash_side(x):
+        rotation = draw_rotation(x, num_buckets, key, k.shape[2])
+        if hash_rows is None:
+            return _hash(x, rotation)
+        # A GPU's host may hash on its CPU, too. The ways must agree in the mesh axes that their outputs vary over.
+        operands = vary_alike((lax.stop_gradient(x), rotation))
+        return lax.platform_dependent(*operands, cuda=hash_rows, default=_hash)
+
+    query_bucket = hash_side(q)
+    return query_bucket, query_bucket if k is q else hash_side(k)
+
+
+def draw_rotation(
+    x: Float[Array, "B T N H"], num_buckets: int, key: PRNGKeyArray, num_rotations: int | None
+) -> Float32[Array, "K H R"]:
+    """Checks the arguments of `lsh_buckets` and returns its R: random columns of length 1 for each rotation."""
+    check_array("x", x, "B T N H", FLOAT_DTYPES)
+    positive_int("num_buckets", num_buckets)
+    if num_buckets % 2:
+        raise ValueError(f"num_buckets must be even (a direction and its opposite are two), got {num_buckets}.")
+    _, _, heads, head_dim = x.shape
+    num_rotations = heads if num_rotations is None else num_rotations
+    positive_int("num_rotations", num_rotations)
+    if heads % num_rotations:
+        raise ValueError(f"num_rotations must divide the number of heads {heads}, got {num_rotations}.")
+    rotation = jax.random.normal(key, (num_rotations, head_dim, num_buckets // 2), jnp.float32)
+    return rotation / jnp.linalg.norm(rotation, axis=1, keepdims=True)
+
+
+def _hash(x: Float[Array, "B T N H"], rotation: Float32[Array, "K H R"]) -> Int32[Array, "B T N"]:
+    batch, length, heads, head_dim = x.shape
+    num_rotations, _, directions = rotation.shape
+    grouped = x.reshape(batch, length, num_rotations, heads // num_rotations, head_dim)
+    projected = jnp.einsum(
+        "btkgh,khr->btkgr", grouped.astype(jnp.float32), rotation, precision=lax.Precision.HIGHEST
+    ).reshape(batch, length, heads, directions)
+    bucket = jnp.argmax(jnp.concatenate([projected, -projected], axis=-1), axis=-1).astype(jnp.int32)
+    return lax.stop_gradient(bucket)

@@ -4,10 +4,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 from sparse_flash_jax.plan import AttentionPlan, make_plan, plan_sides
 from sparse_flash_jax.rule import Rule
+from sparse_flash_jax.selection import best
 from sparse_flash_jax.validation import FLOAT_DTYPES, at_least, check_array, positive_int
 
 
@@ -195,6 +197,5 @@ def top_keep(scores: Float[Array, "B T N"], count: int) -> Bool[Array, "B T N"]:
     at_least("count", count, 0)
     if count > scores.shape[1]:
         raise ValueError(f"count must be at most the length T={scores.shape[1]}, got {count}.")
-    descending = jnp.where(jnp.isnan(scores), jnp.inf, -scores)
-    rank = jnp.argsort(jnp.argsort(descending, axis=1, stable=True), axis=1)
-    return rank < count
+    by_head = jnp.swapaxes(lax.stop_gradient(scores), 1, 2)
+    return jnp.swapaxes(best(by_head, count), 1, 2)

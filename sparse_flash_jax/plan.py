@@ -192,8 +192,8 @@ def make_plan(
         query_capacity: most queries that any head keeps; shortens the sorted sequence to this static length.
         key_capacity: most keys that any head keeps.
         num_buckets: says that group ids, one array a side, are in [0, num_buckets); static. NVIDIA GPUs then plan by
-            counting: the same plan in a small part of the time that sorting takes. That is for up to 256 buckets, both
-            sides of one batch size, and neither window, offset nor capacities; else they sort.
+            counting: the same plan in a small part of the time that sorting takes. They do so without groups, too. That
+            is for up to 256 buckets, and neither window, offset nor, with several buckets, capacities; else they sort.
 
     Returns:
         The plan. Axes of size 1 stay and stand for any size.
@@ -248,13 +248,14 @@ def plan_sides(
     for name, capacity in zip(("query_capacity", "key_capacity"), capacities, strict=True):
         if capacity is not None:
             positive_int(name, capacity)
-    count_tokens = None
     if num_buckets is not None:
         query_keep = _keep_in_buckets("query", query_groups[0], query_keep, num_buckets)
         key_keep = query_keep if shared else _keep_in_buckets("key", key_groups[0], key_keep, num_buckets)
-        aligned = isinstance(query_offset, int) and query_offset == 0 and query_keep.shape[0] == key_keep.shape[0]
-        if aligned and rule.window is None and capacities == (None, None) and num_buckets <= _MOST_COUNTED:
-            count_tokens = counting_kernels()
+    slots = tuple(x if c is None else min(c, x) for x, c in zip(lengths, capacities, strict=True))
+    count_tokens = None
+    dropping = query_keep is not None and key_keep is not None  # always, where buckets are known
+    if dropping and _can_count(num_buckets if query_groups else 1, rule, query_offset, cut=slots != lengths):
+        count_tokens = counting_kernels()
     queries, keys = (query_groups, query_keep), None if shared else (key_groups, key_keep)
     # Past these an offset shows or hides everything; clipped, no position plus offset leaves int32.
     farthest = lengths[1] + rule.reach
@@ -266,7 +267,7 @@ def plan_sides(
         count_tokens=count_tokens,
         lengths=lengths,
         rule=rule,
-        capacities=capacities,
+        slots=slots,
         num_buckets=num_buckets,
     )
     for side, overflow, capacity in zip(
@@ -277,28 +278,35 @@ def plan_sides(
     return plan
 
 
-@functools.partial(jax.jit, static_argnames=("count_tokens", "lengths", "rule", "capacities", "num_buckets"))
-def _plan(queries, keys, query_offset, *, count_tokens, lengths, rule, capacities, num_buckets) -> AttentionPlan:
-    by_sorting = functools.partial(
-        _plan_by_sorting, lengths=lengths, rule=rule, capacities=capacities, num_buckets=num_buckets
-    )
+def _can_count(buckets: int | None, rule: Rule, query_offset: int | Array, *, cut: bool) -> bool:
+    """Returns whether counting makes the plan. `cut`: some tokens may get no slot."""
+    same_positions = isinstance(query_offset, int) and query_offset == 0
+    # The latest tokens do not fit: which ones they are, counts by bucket do not say of several.
+    countable = buckets is not None and buckets <= _MOST_COUNTED and (buckets == 1 or not cut)
+    return countable and same_positions and rule.window is None
+
+
+@functools.partial(jax.jit, static_argnames=("count_tokens", "lengths", "rule", "slots", "num_buckets"))
+def _plan(queries, keys, query_offset, *, count_tokens, lengths, rule, slots, num_buckets) -> AttentionPlan:
+    options = {"rule": rule, "slots": slots, "num_buckets": num_buckets}
+    by_sorting = functools.partial(_plan_by_sorting, lengths=lengths, **options)
     if count_tokens is None:
         plan = by_sorting(queries, keys, query_offset)
     else:
-        by_counting = functools.partial(
-            _plan_by_counting, count_tokens=count_tokens, num_buckets=num_buckets, rule=rule
-        )
+        by_counting = functools.partial(_plan_by_counting, count_tokens=count_tokens, **options)
         # A GPU's host may plan on its CPU, too. The ways must agree in the mesh axes that their outputs vary over.
         operands = vary_alike((queries, keys, query_offset))
         plan = lax.platform_dependent(*operands, cuda=by_counting, default=by_sorting)
     return jax.tree.map(lambda x: checkpoint_name(x, PLAN_NAME), plan)
 
 
-def _plan_by_counting(queries, keys, _query_offset, *, count_tokens, num_buckets, rule) -> AttentionPlan:
-    query_bucket = _bucket_if_kept(queries, num_buckets)
-    key_bucket = query_bucket if keys is None else _bucket_if_kept(keys, num_buckets)
+def _plan_by_counting(queries, keys, _query_offset, *, count_tokens, rule, slots, num_buckets) -> AttentionPlan:
+    groups, _ = queries
+    buckets = num_buckets if groups else 1
+    query_bucket = _bucket_if_kept(queries, buckets)
+    key_bucket = query_bucket if keys is None else _bucket_if_kept(keys, buckets)
     queries, keys, runs = count_tokens(
-        query_bucket, key_bucket, num_buckets, causal=rule.causal, exclude_self=rule.exclude_self
+        query_bucket, key_bucket, buckets, slots=slots, causal=rule.causal, exclude_self=rule.exclude_self
     )
     return AttentionPlan(
         queries.order,
@@ -306,24 +314,25 @@ def _plan_by_counting(queries, keys, _query_offset, *, count_tokens, num_buckets
         keys.order,
         keys.slot,
         runs,
-        jnp.zeros_like(queries.kept),
-        jnp.zeros_like(keys.kept),
+        queries.overflow,
+        keys.overflow,
         keys.kept,
-        keys.largest,
+        keys.largest if groups else None,
     )
 
 
-def _bucket_if_kept(side: tuple[tuple[Array], Array], num_buckets: int) -> Int32[Array, "B A L"]:
-    (bucket,), keep = side
-    return jnp.where(keep, bucket, num_buckets)
+def _bucket_if_kept(side: tuple[tuple[Array, ...], Array], buckets: int) -> Int32[Array, "B A L"]:
+    """Returns each token's bucket: 0 where a side has no groups, `buckets` if the token is dropped."""
+    groups, keep = side
+    return jnp.where(keep, groups[0] if groups else jnp.int32(0), jnp.int32(buckets))
 
 
-def _plan_by_sorting(query_side, key_side, query_offset, *, lengths, rule, capacities, num_buckets) -> AttentionPlan:
+def _plan_by_sorting(query_side, key_side, query_offset, *, lengths, rule, slots, num_buckets) -> AttentionPlan:
     query_groups, query_keep = query_side
-    queries = keys = sort_tokens(query_groups, query_keep, lengths[0], capacities[0], num_buckets)
+    queries = keys = sort_tokens(query_groups, query_keep, lengths[0], slots[0], num_buckets)
     if key_side is not None:
         key_groups, key_keep = key_side
-        keys = sort_tokens(key_groups, key_keep, lengths[1], capacities[1], num_buckets)
+        keys = sort_tokens(key_groups, key_keep, lengths[1], slots[1], num_buckets)
     heads = max(queries.num_kept.shape[1], keys.num_kept.shape[1])
     k_start, k_stop = _runs(queries, keys, rule.keys_seen(queries.position + query_offset, lengths[1]), heads)
     q_start, q_stop = _runs(keys, queries, rule.queries_seeing(keys.position - query_offset, lengths[0]), heads)

@@ -15,6 +15,7 @@ from sparse_flash_jax.kernels.implementations import (
     IMPLEMENTATIONS,
     check_implementation,
     counting_kernels,
+    hashing_kernel,
     pick_implementation,
 )
 from sparse_flash_jax.kernels.interval import interval_attention
@@ -82,11 +83,14 @@ def test_a_jax_without_triton(device, monkeypatch):
     """XLA serves what Triton's kernels did, plans and rows included."""
     device("NVIDIA H100 80GB HBM3", "9.0")
     assert counting_kernels() is not None
+    assert hashing_kernel(256) is not None
+    assert hashing_kernel(258) is None
     assert row_kernels("mosaic", interpret=False) is not None
     for module in (implementations, rows):
         monkeypatch.setattr(module, "has_triton", lambda: False)
     assert [pick_implementation(dtype, 64) for dtype in ("bfloat16", "float32")] == ["mosaic", "xla"]
     assert counting_kernels() is None
+    assert hashing_kernel(16) is None
     assert row_kernels("mosaic", interpret=False) is None
     with pytest.raises(NotImplementedError, match="'triton' needs Pallas' Triton backend, which this JAX has not; use"):
         check_implementation("triton", "float32", 64)

@@ -34,6 +34,7 @@ IMPLEMENTATIONS = ("mosaic", "triton", "xla")
 _HEAD_DIM = 256
 """The largest of the GPU kernels."""
 _TRITON_CAPABILITY = 8.0
+_MOST_HASHED = 256  # buckets whose projections fit into the registers
 _MOSAIC_DTYPES = ("bfloat16", "float16")  # those of operands in registers
 
 
@@ -95,9 +96,18 @@ def order_to_write(implementation: str, config: Config, side: Permutation | None
 
 def counting_kernels() -> Callable[..., Any] | None:
     """Returns the kernels that plan by counting, or None where the default device or this JAX has none."""
+    return _triton_kernel("counting", "count_tokens")
+
+
+def hashing_kernel(num_buckets: int) -> Callable[..., Any] | None:
+    """Returns the kernel that hashes into so many buckets, or None where the default device or this JAX has none."""
+    return _triton_kernel("hashing", "hash_rows") if num_buckets <= _MOST_HASHED else None
+
+
+def _triton_kernel(module: str, name: str) -> Callable[..., Any] | None:
     if _compute_capability() < _TRITON_CAPABILITY or not has_triton():
         return None
-    return importlib.import_module("sparse_flash_jax.kernels.triton.counting").count_tokens
+    return getattr(importlib.import_module(f"sparse_flash_jax.kernels.triton.{module}"), name)
 
 
 @functools.cache

@@ -29,19 +29,22 @@ SCANNED = 8192  # counts that are summed at a time
 class CountedSide(NamedTuple):
     """One side of a plan, queries or keys: arrays of `AttentionPlan`."""
 
-    order: Int32[Array, "B A L"]
+    order: Int32[Array, "B A C"]
     slot: Int32[Array, "B A L"]
     kept: Int32[Array, "B A"]
-    """Tokens that are in a bucket."""
+    """Tokens that are in a bucket and have a slot."""
+    overflow: Int32[Array, "B A"]
+    """Tokens that are in a bucket and have none."""
     largest: Int32[Array, "B A"]
-    """Tokens of the largest bucket."""
+    """Tokens of the largest bucket that have a slot."""
 
 
 def count_tokens(
-    query_bucket: Int32[Array, "B N T"],
-    key_bucket: Int32[Array, "B K S"],
+    query_bucket: Int32[Array, "#B N T"],
+    key_bucket: Int32[Array, "#B K S"],
     buckets: int,
     *,
+    slots: tuple[int, int],
     causal: bool,
     exclude_self: bool,
     interpret: bool = False,
@@ -52,47 +55,46 @@ def count_tokens(
         query_bucket: bucket of each query, in [0, buckets]; `buckets` stands for none: such a token is dropped.
         key_bucket: bucket of each key; the same array where both are one. One number of heads divides the other.
         buckets: how many there are.
+        slots: of queries and of keys: T and S; or of one bucket less, and then its latest tokens get none.
         causal: whether a query sees no later key; queries and keys are at the same positions.
         exclude_self: whether it does not see the key of its own position, either.
         interpret: whether to run in Pallas' interpreter.
     """
-    (batch, query_heads, queries), (_, key_heads, keys) = query_bucket.shape, key_bucket.shape
-    heads = max(query_heads, key_heads)
+    query_rows, queries = query_bucket.shape[:2], query_bucket.shape[2]
+    key_rows, keys = key_bucket.shape[:2], key_bucket.shape[2]
+    batch, heads = map(max, query_rows, key_rows)
     chunks = pl.cdiv(max(queries, keys), CHUNK)
     # Beyond the length tokens are dropped, behind all others. Rows: all heads of queries, then all of keys.
     pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, chunks * CHUNK - x.shape[2])), constant_values=buckets)
     shared = key_bucket is query_bucket
     sides = (query_bucket,) if shared else (query_bucket, key_bucket)
     ids = jnp.concatenate([pad(x).reshape(-1, chunks * CHUNK) for x in sides])
-    first_key_row = 0 if shared else batch * query_heads
+    first_key_row = 0 if shared else math.prod(query_rows)
     columns = pl.cdiv(buckets + 1, 4 * WORDS) * 4 * WORDS
     call = functools.partial(_call, interpret=interpret, like=ids)
     (counts,) = call(_count, [(len(ids), chunks, columns)], (chunks, len(ids)), "count_buckets", 4)(ids)
     before, edges = call(_sum, [counts.shape, (len(ids), 2, columns)], (len(ids),), "sum_buckets", 8)(counts)
     rank = functools.partial(
-        _rank,
-        buckets=buckets,
-        query_heads=query_heads,
-        key_heads=key_heads,
-        first_key_row=first_key_row,
-        causal=causal,
-        exclude_self=exclude_self,
+        _rank, buckets=buckets, first_key_row=first_key_row, causal=causal, exclude_self=exclude_self
     )
-    side = lambda n: (batch, n, chunks * CHUNK)
-    shapes = [side(query_heads), side(query_heads), side(key_heads), side(key_heads), *[side(heads)] * 4]
-    outputs = call(rank, shapes, (chunks, heads, batch), "rank_tokens", 1)(ids, before, edges)
-    lengths = (queries, queries, keys, keys, queries, queries, keys, keys)
-    query_order, query_slot, key_order, key_slot, *runs = (
-        x[..., :length] for x, length in zip(outputs, lengths, strict=True)
-    )
-    kept, largest = edges[:, 0, buckets], jnp.max((edges[:, 1] - edges[:, 0])[:, :buckets], axis=1)
-    split = lambda x: (x[: batch * query_heads].reshape(batch, -1), x[first_key_row:].reshape(batch, -1))
-    (query_kept, key_kept), (query_largest, key_largest) = split(kept), split(largest)
+    sizes = [(*query_rows, slots[0]), (*query_rows, queries), (*key_rows, slots[1]), (*key_rows, keys)]
+    sizes += [(batch, heads, slots[0])] * 2 + [(batch, heads, slots[1])] * 2
+    outputs = call(rank, sizes, (chunks, heads, batch), "rank_tokens", 1)(ids, before, edges)
+    query_order, query_slot, key_order, key_slot, *runs = outputs
+    query_edges, key_edges = edges[: math.prod(query_rows)], edges[first_key_row:]
     return (
-        CountedSide(query_order, query_slot, query_kept, query_largest),
-        CountedSide(key_order, key_slot, key_kept, key_largest),
+        CountedSide(query_order, query_slot, *_totals(query_edges.reshape(*query_rows, 2, -1), buckets, slots[0])),
+        CountedSide(key_order, key_slot, *_totals(key_edges.reshape(*key_rows, 2, -1), buckets, slots[1])),
         Runs(*runs),
     )
+
+
+def _totals(edges: Int32[Array, "B A 2 columns"], buckets: int, slots: int) -> tuple[Int32[Array, "B A"], ...]:
+    """Returns a side's `kept`, `overflow` and `largest`."""
+    in_buckets = edges[:, :, 0, buckets]
+    kept = jnp.minimum(in_buckets, slots)
+    largest = jnp.max((edges[:, :, 1] - edges[:, :, 0])[..., :buckets], axis=-1)
+    return kept, in_buckets - kept, jnp.minimum(largest, slots)
 
 
 def _call(
@@ -159,17 +161,24 @@ def _rank(
     q_stop_ref,
     *,
     buckets: int,
-    query_heads: int,
-    key_heads: int,
     first_key_row: int,
     causal: bool,
     exclude_self: bool,
 ):
     """Slots of a chunk's tokens, and in these slots the tokens' positions and runs."""
     chunk, n, b = (pl.program_id(axis) for axis in range(3))
-    heads = max(query_heads, key_heads)
-    query_head, key_head = (lax.div(n, jnp.int32(heads // x)) for x in (query_heads, key_heads))
-    query_row, key_row = b * query_heads + query_head, first_key_row + b * key_heads + key_head
+
+    def row_of(ref):
+        """Batch entry and head of a side, of which either may serve several of the runs."""
+        return tuple(
+            lax.div(i, jnp.int32(size // own))
+            for i, size, own in zip((b, n), k_start_ref.shape, ref.shape, strict=False)
+        )
+
+    query_at, key_at = row_of(query_slot_ref), row_of(key_slot_ref)
+    query_row = query_at[0] * query_slot_ref.shape[1] + query_at[1]
+    key_row = first_key_row + key_at[0] * key_slot_ref.shape[1] + key_at[1]
+    queries, keys = query_order_ref.shape[2], key_order_ref.shape[2]
     # A tile [depth, lanes] of positions: consecutive ones in a thread.
     depth, lanes = CHUNK // 32, 32
     i, lane = (lax.broadcasted_iota(jnp.int32, (depth, lanes), axis) for axis in (0, 1))
@@ -187,20 +196,21 @@ def _rank(
     else:
         k_stop, q_start = edges_ref[key_row, 1, query], edges_ref[query_row, 0, key]
     # Dropped tokens see nothing, behind all that is kept.
-    for runs, row, kind, slot, start, stop in (
-        ((k_start_ref, k_stop_ref), key_row, query, query_slot, edges_ref[key_row, 0, query], k_stop),
-        ((q_start_ref, q_stop_ref), query_row, key, key_slot, q_start, edges_ref[query_row, 1, key]),
+    for runs, row, slots, kind, slot, start, stop in (
+        ((k_start_ref, k_stop_ref), key_row, keys, query, query_slot, edges_ref[key_row, 0, query], k_stop),
+        ((q_start_ref, q_stop_ref), query_row, queries, key, key_slot, q_start, edges_ref[query_row, 1, key]),
     ):
         end = edges_ref[row, 0, buckets]
         for ref, bound in zip(runs, (start, stop), strict=True):
-            ref[b, n, slot] = jnp.where(kind == buckets, end, bound)
-    # Heads that share a side write the same.
-    for order_ref, slot_ref, head, slot in (
-        (query_order_ref, query_slot_ref, query_head, query_slot),
-        (key_order_ref, key_slot_ref, key_head, key_slot),
+            seen = jnp.minimum(jnp.where(kind == buckets, end, bound), slots)
+            pltriton.store(ref.at[b, n, slot], seen, mask=slot < ref.shape[2])
+    # Entries and heads that share a side write the same.
+    for order_ref, slot_ref, at, slot, slots in (
+        (query_order_ref, query_slot_ref, query_at, query_slot, queries),
+        (key_order_ref, key_slot_ref, key_at, key_slot, keys),
     ):
-        slot_ref[b, head, t] = slot
-        order_ref[b, head, slot] = t
+        pltriton.store(slot_ref.at[*at, t], jnp.minimum(slot, slots), mask=t < slot_ref.shape[2])
+        pltriton.store(order_ref.at[*at, slot], t, mask=slot < slots)
 
 
 def _earlier(pairs: tuple[tuple[Array, Array], ...], words: int) -> list[Array]:

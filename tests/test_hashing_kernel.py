@@ -1,0 +1,197 @@
+"""The kernel that hashes puts vectors where `lsh_buckets` does, but for ties; and it lowers for CUDA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import sparse_flash_jax as sfj
+from sparse_flash_jax.flax.pattern import Hash
+from sparse_flash_jax.hashing import draw_rotation, hash_sides
+from sparse_flash_jax.kernels.triton.hashing import ROWS, hash_rows
+from tests.gpus import GPUS, lowered, mesh_of, on
+
+KEY = jax.random.key(5)
+# Shape of x, rotations, buckets.
+SHAPES = {
+    "one_token": ((1, 1, 1, 64), 1, 16),
+    "whole_chunks": ((1, 2 * ROWS, 2, 64), 2, 16),
+    "part_of_a_chunk": ((2, ROWS + 37, 2, 64), 2, 32),
+    "gqa": ((2, 150, 6, 32), 2, 16),
+    "two_buckets": ((1, 300, 2, 64), 2, 2),
+    "no_power_of_two": ((1, 300, 2, 48), 1, 22),
+    "head_dim_8": ((1, 300, 2, 8), 2, 16),
+    "head_dim_80": ((1, 300, 2, 80), 2, 64),
+    "head_dim_96": ((1, 300, 2, 96), 2, 100),
+    "head_dim_256": ((1, 300, 2, 256), 2, 16),
+    "most_buckets": ((1, 500, 2, 64), 2, 256),
+}
+
+
+def vectors(shape, dtype="float32"):
+    return jnp.asarray(np.random.default_rng(shape[1]).standard_normal(shape), dtype)
+
+
+def assert_buckets(bucket, x, num_buckets, key=KEY, num_rotations=None):
+    """Each vector's bucket is that of `lsh_buckets`, or its direction is as far along the vector within rounding.
+
+    A sum of H products errs by at most H 2^-24 |x| in float32, as columns are of length 1; by twice that on tensor
+    cores, which truncate. So the chosen and the best projection may swap within twice as much again.
+    """
+    expected = sfj.lsh_buckets(x, num_buckets, key, num_rotations=num_rotations)
+    assert bucket.shape == expected.shape
+    assert bucket.dtype == jnp.int32
+    rotation = np.asarray(draw_rotation(x, num_buckets, key, num_rotations), np.float64)
+    rotation = np.repeat(rotation, x.shape[2] // rotation.shape[0], axis=0)
+    x = np.asarray(x.astype(jnp.float32), np.float64)
+    projected = np.einsum("btnh,nhr->btnr", x, rotation)
+    projected = np.concatenate([projected, -projected], axis=-1)
+    assert ((bucket >= 0) & (bucket < num_buckets)).all()
+    chosen = np.take_along_axis(projected, np.asarray(bucket)[..., None], axis=-1)[..., 0]
+    margin = np.where(bucket == expected, 0.0, projected.max(axis=-1) - chosen)
+    bound = 4 * x.shape[-1] * 2.0**-24 * np.linalg.norm(x, axis=-1)
+    assert (margin <= bound).all(), f"{np.sum(margin > bound)} of {margin.size} are no ties"
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_equal_but_for_ties(name):
+    shape, num_rotations, num_buckets = SHAPES[name]
+    x = vectors(shape)
+    bucket = hash_rows(x, draw_rotation(x, num_buckets, KEY, num_rotations), interpret=True)
+    assert_buckets(bucket, x, num_buckets, num_rotations=num_rotations)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_in_16_bits(dtype):
+    x = vectors((1, 400, 3, 64), dtype)
+    bucket = hash_rows(x, draw_rotation(x, 64, KEY, None), interpret=True)
+    assert_buckets(bucket, x, 64)
+
+
+def test_rounded_rotations_would_be_seen():
+    """That is, the bound is not too wide to tell float32 from bfloat16."""
+    x = vectors((1, 2000, 2, 64))
+    rounded = draw_rotation(x, 64, KEY, None).astype(jnp.bfloat16).astype(jnp.float32)
+    with pytest.raises(AssertionError, match="are no ties"):
+        assert_buckets(hash_rows(x, rounded, interpret=True), x, 64)
+
+
+@pytest.mark.parametrize("number", [0.0, np.nan])
+def test_vectors_without_direction(number):
+    x = jnp.full((1, 5, 1, 8), number)
+    bucket = hash_rows(x, draw_rotation(x, 6, KEY, None), interpret=True)
+    np.testing.assert_array_equal(bucket, sfj.lsh_buckets(x, 6, KEY))
+
+
+def test_opposite_vectors_and_equal_projections():
+    """Of equal projections the first wins, and a direction before all opposites, as in argmax."""
+    x = jnp.asarray([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])[None, :, None]
+    np.testing.assert_array_equal(hash_rows(x, jnp.eye(2)[None], interpret=True)[0, :, 0], [0, 1, 0, 2])
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """Hashes as with a GPU, whose kernel is interpreted; the shapes that it hashed."""
+    shapes = []
+
+    def kernel(num_buckets):
+        def interpreted(x, rotation):
+            shapes.append(x.shape)
+            return hash_rows(x, rotation, interpret=True)
+
+        return interpreted
+
+    monkeypatch.setattr("sparse_flash_jax.hashing.hashing_kernel", kernel)
+    monkeypatch.setattr("jax.lax.platform_dependent", lambda *operands, cuda, default: cuda(*operands))
+    return shapes
+
+
+def test_both_sides_by_the_rotations_of_the_keys(hashed):
+    q, k = vectors((2, 70, 4, 16)), vectors((2, 50, 2, 16))
+    query_bucket, key_bucket = hash_sides(q, k, 8, KEY)
+    assert_buckets(query_bucket, q, 8, num_rotations=2)
+    assert_buckets(key_bucket, k, 8)
+    assert hashed == [q.shape, k.shape]
+
+
+def test_shared_queries_and_keys_are_hashed_once(hashed):
+    q = vectors((1, 70, 2, 16))
+    query_bucket, key_bucket = hash_sides(q, q, 8, KEY)
+    assert query_bucket is key_bucket
+    assert hashed == [q.shape]
+
+
+def test_layers_and_calls_hash_by_the_kernel(hashed):
+    q, k = vectors((1, 70, 2, 16)), vectors((1, 60, 2, 16))
+    sfj.hash_sparse_attention(q, k, k, 8, KEY, implementation="xla")
+    Hash(8).plan(q, k, key=KEY)
+    assert len(hashed) == 4
+
+
+@pytest.mark.usefixtures("hashed")
+def test_no_gradient():
+    x = vectors((1, 40, 2, 16))
+    weighted = lambda x: jnp.sum(hash_sides(x, x, 8, KEY)[0].astype(jnp.float32) * x[..., 0])
+    gradient = jax.grad(weighted)(x)
+    assert not gradient[..., 1:].any()
+    np.testing.assert_array_equal(gradient[..., 0], hash_sides(x, x, 8, KEY)[0].astype(jnp.float32))
+
+
+@pytest.mark.usefixtures("hashed")
+def test_vmap():
+    x = vectors((3, 150, 2, 16))
+    bucket = jax.vmap(lambda x: hash_sides(x[None], x[None], 8, KEY)[0][0])(x)
+    assert_buckets(bucket, x, 8)
+
+
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("sparse_flash_jax.hashing.hashing_kernel", lambda num_buckets: hash_rows)
+
+
+def test_a_gpus_host_hashes_on_its_cpu(monkeypatch):
+    as_on_a_gpu(monkeypatch)
+    x = vectors((1, 40, 2, 16))
+    hashes = jax.jit(lambda x: hash_sides(x, x, 8, KEY)[0])
+    np.testing.assert_array_equal(hashes(x), sfj.lsh_buckets(x, 8, KEY))
+    with on("NVIDIA H100 80GB HBM3"):
+        assert "__gpu$xla.gpu.triton" in lowered(hashes, x)
+
+
+def test_lowers_for_cuda_under_shard_map(monkeypatch):
+    as_on_a_gpu(monkeypatch)
+    mesh, spec = mesh_of("NVIDIA H100 80GB HBM3"), PartitionSpec("data")
+    x = jnp.zeros((jax.device_count(), 300, 2, 64))
+    call = jax.shard_map(lambda x: hash_sides(x, x, 8, KEY)[0], mesh=mesh, in_specs=spec, out_specs=spec)
+    with on("NVIDIA H100 80GB HBM3"):
+        assert "__gpu$xla.gpu.triton" in lowered(call, x)
+
+
+@pytest.mark.parametrize("kind", GPUS)
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "directions"), [("bfloat16", 64, 8), ("float16", 80, 1), ("float32", 256, 128)]
+)
+def test_lowers_for_cuda(kind, dtype, head_dim, directions):
+    x = jax.ShapeDtypeStruct((2, 1000, 4, head_dim), dtype)
+    rotation = jax.ShapeDtypeStruct((2, head_dim, directions), "float32")
+    with on(kind):
+        assert lowered(hash_rows, x, rotation).count("__gpu$xla.gpu.triton") == 1
+        assert lowered(jax.vmap(hash_rows, (0, None)), jax.ShapeDtypeStruct((3, *x.shape), dtype), rotation)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("shape", "num_rotations", "num_buckets"),
+    [*SHAPES.values(), ((2, 16_384, 12, 64), 12, 16), ((1, 9999, 3, 128), 3, 64)],
+)
+def test_hashed_on_a_gpu(shape, num_rotations, num_buckets, dtype):
+    x = vectors(shape, dtype)
+    bucket = jax.jit(hash_rows)(x, draw_rotation(x, num_buckets, KEY, num_rotations))
+    assert_buckets(bucket, x, num_buckets, num_rotations=num_rotations)
+
+
+@pytest.mark.gpu
+def test_many_more_buckets_on_a_gpu():
+    x = vectors((1, 300, 2, 64))
+    np.testing.assert_array_equal(hash_sides(x, x, 1024, KEY)[0], sfj.lsh_buckets(x, 1024, KEY))
