@@ -13,6 +13,7 @@ differs is attention (`variants.py`):
     causal   this package's own kernels with the causal plan (by request)
     mha      JAX's Pallas-Triton kernels, backward with the tiles that are fastest (GPU)
     hash     this package's hash-sparse attention
+    centred  the same, hashing what vectors are off their mean so far
 
 MFU is FLOPs / seconds / 989.4e12, the dense bfloat16 peak of an H100 or H200 SXM, where
 
@@ -76,7 +77,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of a sequence")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of a step; a longer sequence comes alone")
     parser.add_argument("--attention", nargs="+", choices=KINDS, help="kinds; default all of the device but causal")
-    parser.add_argument("--buckets", type=int, nargs="+", help="of hash; default 16, and 64 from 65536 tokens on")
+    parser.add_argument("--buckets", type=int, nargs="+", help="of what hashes; default 16, from 65536 tokens on 64")
     parser.add_argument("--samples", type=int, default=5, help="samples of which the median is taken")
     parser.add_argument("--quick", action="store_true", help="a tiny model and length, one sample")
     parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/train-step-PLATFORM.json")

@@ -18,7 +18,8 @@ from sparse_flash_jax.patterns import causal as causal_plan
 from training.config import BatchConfig, TrainConfig
 from training.presets import PRESETS
 
-KINDS = ("none", "dense", "causal", "mha", "hash")  # what others are compared with comes first
+KINDS = ("none", "dense", "causal", "mha", "hash", "centred")  # what others are compared with comes first
+HASHED = ("hash", "centred")
 VOCABULARY = 50_304
 BUCKETS, LONG_BUCKETS, LONG = 16, 64, 65_536  # 64 buckets from this length on
 MHA_BACKWARD_SIDES = (32, 64, 128)
@@ -31,7 +32,7 @@ Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Variant(NamedTuple):
-    """Attention of one kind; buckets for "hash" alone."""
+    """Attention of one kind; buckets for those that hash alone."""
 
     kind: str
     buckets: int | None = None
@@ -41,10 +42,10 @@ class Variant(NamedTuple):
 
 
 def variants(kinds: list[str], length: int, buckets: list[int] | None) -> list[Variant]:
-    """Returns the kinds in the order of `KINDS`, hash once for each number of buckets; None picks by length."""
+    """Returns the kinds in the order of `KINDS`, those that hash once for each number of buckets; None picks it."""
     buckets = buckets or [BUCKETS if length < LONG else LONG_BUCKETS]
-    chosen = [Variant(kind) for kind in KINDS if kind in kinds and kind != "hash"]
-    return chosen + [Variant("hash", count) for count in buckets if "hash" in kinds]
+    chosen = [Variant(kind) for kind in KINDS if kind in kinds and kind not in HASHED]
+    return chosen + [Variant(kind, count) for kind in HASHED if kind in kinds for count in buckets]
 
 
 def settings(variant: Variant, length: int, tokens: int, *, quick: bool) -> TrainConfig:
@@ -52,7 +53,8 @@ def settings(variant: Variant, length: int, tokens: int, *, quick: bool) -> Trai
     preset = PRESETS["paper-8k"][1]
     model = dataclasses.replace(preset.model, **QUICK_MODEL) if quick else preset.model
     if variant.buckets is not None:
-        model = dataclasses.replace(model, attention=("hash",), buckets=variant.buckets)
+        centred = variant.kind == "centred"
+        model = dataclasses.replace(model, attention=("hash",), buckets=variant.buckets, centred=centred)
     else:
         jax_backend = "cudnn" if jax.default_backend() == "gpu" else "xla"
         backend = "sparse_flash" if variant.kind == "causal" else jax_backend

@@ -99,6 +99,7 @@ def hash_sparse_attention(
     causal: bool = True,
     exclude_self: bool = False,
     window: int | None = None,
+    centred: bool = False,
     scale: float | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
@@ -114,6 +115,7 @@ def hash_sparse_attention(
         causal: whether a query sees no later key.
         exclude_self: whether a query also does not see the key of its own position.
         window: positions that a query looks back, its own included; None for all.
+        centred: whether to hash what vectors are off their mean so far, which evens buckets out: see `lsh_buckets`.
         scale: as in `sparse_attention`.
         implementation: as in `sparse_attention`.
         return_residual: as in `sparse_attention`.
@@ -127,7 +129,7 @@ def hash_sparse_attention(
     Source: arXiv 2306.01160, section 3.2.
     """
     check_attention_inputs(q, k, v)
-    buckets = hash_sides(q, k, num_buckets, key)
+    buckets = hash_sides(q, k, num_buckets, key, centred=centred)
     plan = hash_sparse(*buckets, causal=causal, exclude_self=exclude_self, window=window, num_buckets=num_buckets)
     return sparse_attention(q, k, v, plan, scale=scale, implementation=implementation, return_residual=return_residual)
 

@@ -1,5 +1,7 @@
 """Angular locality-sensitive hashing: vectors that point the same way tend to share a bucket."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -11,7 +13,12 @@ from sparse_flash_jax.validation import FLOAT_DTYPES, check_array, positive_int
 
 
 def lsh_buckets(
-    x: Float[Array, "B T N H"], num_buckets: int, key: PRNGKeyArray, *, num_rotations: int | None = None
+    x: Float[Array, "B T N H"],
+    num_buckets: int,
+    key: PRNGKeyArray,
+    *,
+    num_rotations: int | None = None,
+    centred: bool = False,
 ) -> Int32[Array, "B T N"]:
     """Returns the bucket of each vector: `argmax([x R, -x R])`, with R random, one for each head.
 
@@ -24,6 +31,10 @@ def lsh_buckets(
         key: PRNG key from which R is drawn.
         num_rotations: how many heads R is drawn for; consecutive heads of x share one. For grouped-query attention give
             the number of key heads for the queries. None for N.
+        centred: whether to hash, in place of each vector, what it is off the mean of the vectors up to it, its own
+            included. Vectors that have much in common else share a few buckets, and buckets are what attention costs;
+            the softmax itself does not see what all keys have in common. Later vectors do not matter, so that causal
+            attention stays causal.
 
     Returns:
         int32 [B T N] in [0, num_buckets).
@@ -34,11 +45,11 @@ def lsh_buckets(
 
     Source: "Practical and Optimal LSH for Angular Distance", arXiv 1509.02897.
     """
-    return _hash(x, draw_rotation(x, num_buckets, key, num_rotations))
+    return _hash(x, draw_rotation(x, num_buckets, key, num_rotations), centred=centred)
 
 
 def hash_sides(
-    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], num_buckets: int, key: PRNGKeyArray
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], num_buckets: int, key: PRNGKeyArray, *, centred: bool
 ) -> tuple[Int32[Array, "B T N"], Int32[Array, "B S K"]]:
     """Returns the buckets of queries and keys by the same rotations; the same array twice where k is q.
 
@@ -49,10 +60,11 @@ def hash_sides(
     def hash_side(x):
         rotation = draw_rotation(x, num_buckets, key, k.shape[2])
         if hash_rows is None:
-            return _hash(x, rotation)
+            return _hash(x, rotation, centred=centred)
         # A GPU's host may hash on its CPU, too. The ways must agree in the mesh axes that their outputs vary over.
         operands = vary_alike((lax.stop_gradient(x), rotation))
-        return lax.platform_dependent(*operands, cuda=hash_rows, default=_hash)
+        cuda, default = (functools.partial(way, centred=centred) for way in (hash_rows, _hash))
+        return lax.platform_dependent(*operands, cuda=cuda, default=default)
 
     query_bucket = hash_side(q)
     return query_bucket, query_bucket if k is q else hash_side(k)
@@ -75,12 +87,15 @@ def draw_rotation(
     return rotation / jnp.linalg.norm(rotation, axis=1, keepdims=True)
 
 
-def _hash(x: Float[Array, "B T N H"], rotation: Float32[Array, "K H R"]) -> Int32[Array, "B T N"]:
+def _hash(x: Float[Array, "B T N H"], rotation: Float32[Array, "K H R"], *, centred: bool) -> Int32[Array, "B T N"]:
     batch, length, heads, head_dim = x.shape
     num_rotations, _, directions = rotation.shape
     grouped = x.reshape(batch, length, num_rotations, heads // num_rotations, head_dim)
     projected = jnp.einsum(
         "btkgh,khr->btkgr", grouped.astype(jnp.float32), rotation, precision=lax.Precision.HIGHEST
     ).reshape(batch, length, heads, directions)
+    if centred:  # the mean's projection is the projections' mean
+        count = jnp.arange(1, length + 1, dtype=jnp.float32)[None, :, None, None]
+        projected -= jnp.cumsum(projected, axis=1) / count
     bucket = jnp.argmax(jnp.concatenate([projected, -projected], axis=-1), axis=-1).astype(jnp.int32)
     return lax.stop_gradient(bucket)

@@ -92,7 +92,18 @@ def test_density_writes_a_row_a_pattern(tmp_path):
 def test_train_step_compares_attention_in_one_model(tmp_path):
     out = tmp_path / "train-step.json"
     done = _run(
-        "train_step.py", "--quick", "--attention", "none", "dense", "causal", "hash", "--buckets", 8, "--out", out
+        "train_step.py",
+        "--quick",
+        "--attention",
+        "none",
+        "dense",
+        "causal",
+        "hash",
+        "centred",
+        "--buckets",
+        8,
+        "--out",
+        out,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())

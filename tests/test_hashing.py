@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import sparse_flash_jax as sfj
+from sparse_flash_jax.hashing import hash_sides
 
 KEY = jax.random.key(5)
 
@@ -77,6 +78,39 @@ def test_query_heads_share_the_rotation_of_their_key_head(key_heads):
     key_bucket = sfj.lsh_buckets(k, 16, KEY)
     query_bucket = sfj.lsh_buckets(q, 16, KEY, num_rotations=key_heads)
     np.testing.assert_array_equal(query_bucket, jnp.repeat(key_bucket, 4 // key_heads, axis=2))
+
+
+class TestCentred:
+    def test_hashes_what_is_off_the_mean_so_far(self):
+        x = vectors()
+        mean = jnp.cumsum(x, axis=1) / jnp.arange(1.0, 41.0)[None, :, None, None]
+        expected = sfj.lsh_buckets(x - mean, 16, KEY)
+        np.testing.assert_array_equal(sfj.lsh_buckets(x, 16, KEY, centred=True), expected)
+
+    def test_later_vectors_do_not_matter(self):
+        x = vectors()
+        bucket = sfj.lsh_buckets(x, 16, KEY, centred=True)
+        np.testing.assert_array_equal(sfj.lsh_buckets(x[:, :23], 16, KEY, centred=True), bucket[:, :23])
+
+    def test_what_all_vectors_have_in_common_does_not_matter(self):
+        x = vectors((1, 400, 1, 16))
+        shifted = x + 10 * vectors((1, 1, 1, 16), seed=1)
+        assert jnp.bincount(sfj.lsh_buckets(shifted, 16, KEY).ravel()).max() > 350
+        bucket = sfj.lsh_buckets(shifted, 16, KEY, centred=True)
+        assert jnp.bincount(bucket.ravel()).max() < 80
+        assert np.mean(bucket == sfj.lsh_buckets(x, 16, KEY, centred=True)) > 0.99
+
+    def test_query_and_key_sides_each_by_their_own_mean(self):
+        q, k = vectors(), vectors(seed=1) + 5
+        buckets = hash_sides(q, k, 16, KEY, centred=True)
+        for bucket, x in zip(buckets, (q, k), strict=True):
+            np.testing.assert_array_equal(bucket, sfj.lsh_buckets(x, 16, KEY, centred=True))
+
+    def test_attention_by_such_buckets(self):
+        q, k, v = (vectors(seed=seed) + 3 for seed in range(3))
+        query_bucket, key_bucket = (sfj.lsh_buckets(x, 8, KEY, centred=True) for x in (q, k))
+        expected = sfj.sparse_attention(q, k, v, sfj.hash_sparse(query_bucket, key_bucket))
+        np.testing.assert_array_equal(sfj.hash_sparse_attention(q, k, v, 8, KEY, centred=True), expected)
 
 
 def test_no_gradient():

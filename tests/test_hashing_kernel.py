@@ -1,5 +1,7 @@
 """The kernel that hashes puts vectors where `lsh_buckets` does, but for ties; and it lowers for CUDA."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,33 +35,40 @@ def vectors(shape, dtype="float32"):
     return jnp.asarray(np.random.default_rng(shape[1]).standard_normal(shape), dtype)
 
 
-def assert_buckets(bucket, x, num_buckets, key=KEY, num_rotations=None):
+def assert_buckets(bucket, x, num_buckets, key=KEY, num_rotations=None, centred=False):
     """Each vector's bucket is that of `lsh_buckets`, or its direction is as far along the vector within rounding.
 
     A sum of H products errs by at most H 2^-24 |x| in float32, as columns are of length 1; by twice that on tensor
-    cores, which truncate. So the chosen and the best projection may swap within twice as much again.
+    cores, which truncate. So the chosen and the best projection may swap within twice as much again. A mean of t
+    vectors adds as much of their mean length, and as t is summed up, t 2^-24 of it.
     """
-    expected = sfj.lsh_buckets(x, num_buckets, key, num_rotations=num_rotations)
+    expected = sfj.lsh_buckets(x, num_buckets, key, num_rotations=num_rotations, centred=centred)
     assert bucket.shape == expected.shape
     assert bucket.dtype == jnp.int32
     rotation = np.asarray(draw_rotation(x, num_buckets, key, num_rotations), np.float64)
     rotation = np.repeat(rotation, x.shape[2] // rotation.shape[0], axis=0)
     x = np.asarray(x.astype(jnp.float32), np.float64)
     projected = np.einsum("btnh,nhr->btnr", x, rotation)
+    scale = x.shape[-1] * np.linalg.norm(x, axis=-1)
+    if centred:
+        count = np.arange(1, x.shape[1] + 1)[None, :, None]
+        projected -= np.cumsum(projected, axis=1) / count[..., None]
+        scale += (x.shape[-1] + count) * np.cumsum(np.linalg.norm(x, axis=-1), axis=1) / count
     projected = np.concatenate([projected, -projected], axis=-1)
     assert ((bucket >= 0) & (bucket < num_buckets)).all()
     chosen = np.take_along_axis(projected, np.asarray(bucket)[..., None], axis=-1)[..., 0]
     margin = np.where(bucket == expected, 0.0, projected.max(axis=-1) - chosen)
-    bound = 4 * x.shape[-1] * 2.0**-24 * np.linalg.norm(x, axis=-1)
+    bound = 4 * 2.0**-24 * scale
     assert (margin <= bound).all(), f"{np.sum(margin > bound)} of {margin.size} are no ties"
 
 
+@pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
-def test_equal_but_for_ties(name):
+def test_equal_but_for_ties(name, centred):
     shape, num_rotations, num_buckets = SHAPES[name]
-    x = vectors(shape)
-    bucket = hash_rows(x, draw_rotation(x, num_buckets, KEY, num_rotations), interpret=True)
-    assert_buckets(bucket, x, num_buckets, num_rotations=num_rotations)
+    x = vectors(shape) + 2 * centred
+    bucket = hash_rows(x, draw_rotation(x, num_buckets, KEY, num_rotations), centred=centred, interpret=True)
+    assert_buckets(bucket, x, num_buckets, num_rotations=num_rotations, centred=centred)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -96,9 +105,9 @@ def hashed(monkeypatch):
     shapes = []
 
     def kernel(num_buckets):
-        def interpreted(x, rotation):
+        def interpreted(x, rotation, *, centred):
             shapes.append(x.shape)
-            return hash_rows(x, rotation, interpret=True)
+            return hash_rows(x, rotation, centred=centred, interpret=True)
 
         return interpreted
 
@@ -109,7 +118,7 @@ def hashed(monkeypatch):
 
 def test_both_sides_by_the_rotations_of_the_keys(hashed):
     q, k = vectors((2, 70, 4, 16)), vectors((2, 50, 2, 16))
-    query_bucket, key_bucket = hash_sides(q, k, 8, KEY)
+    query_bucket, key_bucket = hash_sides(q, k, 8, KEY, centred=False)
     assert_buckets(query_bucket, q, 8, num_rotations=2)
     assert_buckets(key_bucket, k, 8)
     assert hashed == [q.shape, k.shape]
@@ -117,7 +126,7 @@ def test_both_sides_by_the_rotations_of_the_keys(hashed):
 
 def test_shared_queries_and_keys_are_hashed_once(hashed):
     q = vectors((1, 70, 2, 16))
-    query_bucket, key_bucket = hash_sides(q, q, 8, KEY)
+    query_bucket, key_bucket = hash_sides(q, q, 8, KEY, centred=False)
     assert query_bucket is key_bucket
     assert hashed == [q.shape]
 
@@ -132,16 +141,16 @@ def test_layers_and_calls_hash_by_the_kernel(hashed):
 @pytest.mark.usefixtures("hashed")
 def test_no_gradient():
     x = vectors((1, 40, 2, 16))
-    weighted = lambda x: jnp.sum(hash_sides(x, x, 8, KEY)[0].astype(jnp.float32) * x[..., 0])
+    weighted = lambda x: jnp.sum(hash_sides(x, x, 8, KEY, centred=False)[0].astype(jnp.float32) * x[..., 0])
     gradient = jax.grad(weighted)(x)
     assert not gradient[..., 1:].any()
-    np.testing.assert_array_equal(gradient[..., 0], hash_sides(x, x, 8, KEY)[0].astype(jnp.float32))
+    np.testing.assert_array_equal(gradient[..., 0], hash_sides(x, x, 8, KEY, centred=False)[0].astype(jnp.float32))
 
 
 @pytest.mark.usefixtures("hashed")
 def test_vmap():
     x = vectors((3, 150, 2, 16))
-    bucket = jax.vmap(lambda x: hash_sides(x[None], x[None], 8, KEY)[0][0])(x)
+    bucket = jax.vmap(lambda x: hash_sides(x[None], x[None], 8, KEY, centred=False)[0][0])(x)
     assert_buckets(bucket, x, 8)
 
 
@@ -152,7 +161,7 @@ def as_on_a_gpu(monkeypatch):
 def test_a_gpus_host_hashes_on_its_cpu(monkeypatch):
     as_on_a_gpu(monkeypatch)
     x = vectors((1, 40, 2, 16))
-    hashes = jax.jit(lambda x: hash_sides(x, x, 8, KEY)[0])
+    hashes = jax.jit(lambda x: hash_sides(x, x, 8, KEY, centred=False)[0])
     np.testing.assert_array_equal(hashes(x), sfj.lsh_buckets(x, 8, KEY))
     with on("NVIDIA H100 80GB HBM3"):
         assert "__gpu$xla.gpu.triton" in lowered(hashes, x)
@@ -162,7 +171,7 @@ def test_lowers_for_cuda_under_shard_map(monkeypatch):
     as_on_a_gpu(monkeypatch)
     mesh, spec = mesh_of("NVIDIA H100 80GB HBM3"), PartitionSpec("data")
     x = jnp.zeros((jax.device_count(), 300, 2, 64))
-    call = jax.shard_map(lambda x: hash_sides(x, x, 8, KEY)[0], mesh=mesh, in_specs=spec, out_specs=spec)
+    call = jax.shard_map(lambda x: hash_sides(x, x, 8, KEY, centred=False)[0], mesh=mesh, in_specs=spec, out_specs=spec)
     with on("NVIDIA H100 80GB HBM3"):
         assert "__gpu$xla.gpu.triton" in lowered(call, x)
 
@@ -175,7 +184,9 @@ def test_lowers_for_cuda(kind, dtype, head_dim, directions):
     x = jax.ShapeDtypeStruct((2, 1000, 4, head_dim), dtype)
     rotation = jax.ShapeDtypeStruct((2, head_dim, directions), "float32")
     with on(kind):
-        assert lowered(hash_rows, x, rotation).count("__gpu$xla.gpu.triton") == 1
+        for centred in (False, True):
+            text = lowered(functools.partial(hash_rows, centred=centred), x, rotation)
+            assert text.count("__gpu$xla.gpu.triton") == 1
         assert lowered(jax.vmap(hash_rows, (0, None)), jax.ShapeDtypeStruct((3, *x.shape), dtype), rotation)
 
 
@@ -185,13 +196,15 @@ def test_lowers_for_cuda(kind, dtype, head_dim, directions):
     ("shape", "num_rotations", "num_buckets"),
     [*SHAPES.values(), ((2, 16_384, 12, 64), 12, 16), ((1, 9999, 3, 128), 3, 64)],
 )
-def test_hashed_on_a_gpu(shape, num_rotations, num_buckets, dtype):
-    x = vectors(shape, dtype)
-    bucket = jax.jit(hash_rows)(x, draw_rotation(x, num_buckets, KEY, num_rotations))
-    assert_buckets(bucket, x, num_buckets, num_rotations=num_rotations)
+@pytest.mark.parametrize("centred", [False, True])
+def test_hashed_on_a_gpu(shape, num_rotations, num_buckets, dtype, centred):
+    x = vectors(shape, dtype) + 2 * centred
+    rotation = draw_rotation(x, num_buckets, KEY, num_rotations)
+    bucket = jax.jit(hash_rows, static_argnames="centred")(x, rotation, centred=centred)
+    assert_buckets(bucket, x, num_buckets, num_rotations=num_rotations, centred=centred)
 
 
 @pytest.mark.gpu
 def test_many_more_buckets_on_a_gpu():
     x = vectors((1, 300, 2, 64))
-    np.testing.assert_array_equal(hash_sides(x, x, 1024, KEY)[0], sfj.lsh_buckets(x, 1024, KEY))
+    np.testing.assert_array_equal(hash_sides(x, x, 1024, KEY, centred=False)[0], sfj.lsh_buckets(x, 1024, KEY))

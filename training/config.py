@@ -60,6 +60,8 @@ class ModelConfig:
     hash (same bucket), qk (queries and keys dropped)."""
     buckets: Annotated[int, alias(aliases=["--buckets"])] = 16
     """hash: number of buckets (even)."""
+    centred: Annotated[bool, alias(aliases=["--centred"])] = False
+    """hash: hash what vectors are off their mean so far. Buckets are then alike in size, and the step is faster."""
     shared_qk: bool = True
     """Project q and v only; a key is its query, normalised per head. In all layers, so that kinds compare fairly."""
     shared_scale: float | None = None

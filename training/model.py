@@ -13,7 +13,7 @@ def layer_pattern(model: ModelConfig, kind: Kind) -> Pattern:
         case "local":
             return Dense(window=model.window)
         case "hash":
-            return Hash(model.buckets, exclude_self=model.exclude_self)
+            return Hash(model.buckets, exclude_self=model.exclude_self, centred=model.centred)
         case "qk":
             return QK(model.rate, scored=model.scored)
 

@@ -64,11 +64,13 @@ class Hash:
         num_buckets: even.
         exclude_self: whether a token does not see itself; the first token of a bucket then outputs 0.
         window: tokens back that a query sees, itself included; None for all.
+        centred: whether to hash what vectors are off their mean so far, which evens buckets out: see `lsh_buckets`.
     """
 
     num_buckets: int
     exclude_self: bool = False
     window: int | None = None
+    centred: bool = False
 
     def __post_init__(self):
         if self.num_buckets < 2 or self.num_buckets % 2:
@@ -97,7 +99,7 @@ class Hash:
         """
         if key is None:
             raise ValueError(f"{self} draws random rotations: pass key=jax.random.key(...), a fresh one each step.")
-        query_bucket, key_bucket = hash_sides(q, k, self.num_buckets, key)
+        query_bucket, key_bucket = hash_sides(q, k, self.num_buckets, key, centred=self.centred)
         document = () if segment_ids is None else (segment_ids[..., None],)
         return make_plan(
             query_group=(*document, query_bucket),

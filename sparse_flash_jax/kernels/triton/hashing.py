@@ -2,6 +2,7 @@
 
 for each ROWS positions of a head:
     p = sum over blocks of the head dim: x[ROWS, block] R[block, buckets / 2]
+    centred: p -= (sum of p at all positions so far) / their number
     bucket = the first of [p, -p] that equals max |p|
 """
 
@@ -25,13 +26,18 @@ _PRECISION = lax.DotAlgorithmPreset.BF16_BF16_F32_X6
 
 
 def hash_rows(
-    x: Float[Array, "B T N H"], rotation: Float32[Array, "K H directions"], *, interpret: bool = False
+    x: Float[Array, "B T N H"],
+    rotation: Float32[Array, "K H directions"],
+    *,
+    centred: bool = False,
+    interpret: bool = False,
 ) -> Int32[Array, "B T N"]:
     """Returns the bucket of each vector, as `lsh_buckets` but for ties within float32's rounding.
 
     Args:
         x: vectors.
         rotation: half as many directions as there are buckets; K divides N.
+        centred: whether to hash what each vector is off the mean so far.
         interpret: whether to run in Pallas' interpreter.
     """
     batch, length, heads, _ = x.shape
@@ -45,12 +51,24 @@ def hash_rows(
         interpret=interpret,
         name="hash_rows",
     )
-    (bucket,) = call(x, rotation)
+    (bucket,) = call(x, rotation, *([_sums_before(x, rotation)] if centred else []))
     return jnp.swapaxes(bucket, 1, 2)
 
 
-def _hash(x_ref, rotation_ref, bucket_ref, *, group: int):
-    """Buckets of one head's positions; `group` heads share a rotation."""
+def _sums_before(x: Float[Array, "B T N H"], rotation: Float32[Array, "K H R"]) -> Float32[Array, "B C N R"]:
+    """Returns the sum of the projections of all positions before each program's."""
+    batch, length, heads, head_dim = x.shape
+    whole = jnp.pad(x, ((0, 0), (0, -length % ROWS), (0, 0), (0, 0)))
+    sums = jnp.sum(whole.reshape(batch, -1, ROWS, heads, head_dim), axis=2, dtype=jnp.float32)
+    by_rotation = sums.reshape(batch, -1, len(rotation), heads // len(rotation), head_dim)
+    projected = jnp.einsum("bckgh,khr->bckgr", by_rotation, rotation, precision=lax.Precision.HIGHEST)
+    projected = projected.reshape(batch, -1, heads, rotation.shape[2])
+    return jnp.cumsum(projected, axis=1) - projected
+
+
+def _hash(x_ref, rotation_ref, *refs, group: int):
+    """Buckets of one head's positions, centred by sums before if there are any; `group` heads share a rotation."""
+    *before_refs, bucket_ref = refs
     n, chunk, b = (pl.program_id(axis) for axis in range(3))
     _, length, _, head_dim = x_ref.shape
     directions = rotation_ref.shape[2]
@@ -69,7 +87,12 @@ def _hash(x_ref, rotation_ref, bucket_ref, *, group: int):
     zeros = jnp.zeros((ROWS, columns), jnp.float32)
     projected = lax.fori_loop(0, pl.cdiv(head_dim, block), add_block, zeros)
     # Columns past the directions are 0, and never the first of the longest.
-    column = lax.broadcasted_iota(jnp.int32, projected.shape, 1)
+    row, column = (lax.broadcasted_iota(jnp.int32, projected.shape, axis) for axis in (0, 1))
+    for before_ref in before_refs:
+        direction = lax.iota(jnp.int32, columns)
+        before = pltriton.load(before_ref.at[b, chunk, n, direction], mask=direction < directions, other=0)
+        count = (chunk * ROWS + row + 1).astype(jnp.float32)
+        projected -= (before[None, :] + jnp.cumsum(projected, axis=0)) / count
     longest = jnp.max(jnp.abs(projected), axis=1)[:, None]
     along, against = projected == longest, projected == -longest
     bucket = jnp.where(along | jnp.isnan(projected), column, jnp.where(against, directions + column, 2 * directions))
