@@ -1,7 +1,9 @@
-"""Time and memory by density and length: hash buckets and dropping, whole calls, beside dense attention in the same run.
+"""Time and memory by density and length: buckets and dropping, whole calls, beside dense attention in the same run.
 
-python benchmarks/density.py            the device's lengths; JSON to benchmarks/results/
-python benchmarks/density.py --quick    one tiny length, to see that it runs
+python benchmarks/density.py              the device's lengths; JSON to benchmarks/results/
+python benchmarks/density.py --quick      one tiny length, to see that it runs
+python benchmarks/density.py --package    measures nothing: what results/density-*.json hold becomes the package's own
+                                          table, by which `expected_time_share` and `Auto` go
 """
 
 import argparse
@@ -12,6 +14,7 @@ import jax
 from environment import environment, written
 from passes import Call, dense_calls, make_plan, memory_bytes, whole_calls
 from selection import QUICK_LENGTH, Case, Shape, buckets_pattern, causal, dropping
+from time_shares import PACKAGE, write_package_table
 from timing import measure
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -30,6 +33,9 @@ Measured = dict[str, dict[str, Any]]
 def main() -> None:
     """Measures, prints a table a length, writes JSON."""
     args = _arguments()
+    if args.package:
+        write_package_table(RESULTS, args.out or PACKAGE)
+        return
     platform = jax.default_backend()
     lengths = (QUICK_LENGTH,) if args.quick else args.lengths or (CPU_LENGTHS if platform == "cpu" else GPU_LENGTHS)
     samples = 1 if args.quick else args.samples
@@ -48,6 +54,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Times sparse attention by density and length.")
     parser.add_argument("--quick", action="store_true", help="one tiny length, one sample")
+    parser.add_argument("--package", action="store_true", help="write the package's table from results; no measuring")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of a sequence; default those of the device")
     parser.add_argument("--samples", type=int, default=5, help="samples of which the median is taken")
     parser.add_argument("--implementation", help='"mosaic", "triton" or "xla"; default picks for the device')

@@ -87,6 +87,17 @@ def test_density_writes_a_row_a_pattern(tmp_path):
     assert densities["hash1"] == densities["qk0"] == 1
     assert 0 < densities["qk80"] < densities["qk50"] < 0.5
     assert 0 < densities["hash64"] < densities["hash16"] < 0.1
+    for case in result["cases"]:
+        assert case["memory_bytes"].keys() == case["seconds"].keys()
+        sparse, dense = (case["memory_bytes"][name]["peak"] for name in ("forward_backward", "dense_forward_backward"))
+        assert 0 < sparse < dense
+
+
+def test_the_package_ships_what_was_measured(tmp_path):
+    out = tmp_path / "time_shares.json"
+    done = _run("density.py", "--package", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert out.read_text() == (ROOT / "sparse_flash_jax" / "time_shares.json").read_text()
 
 
 def test_train_step_compares_attention_in_one_model(tmp_path):
