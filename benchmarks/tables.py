@@ -42,7 +42,7 @@ def in_readme(text: str) -> str:
         begin, end = f"<!-- table {name} -->\n\n", f"\n<!-- end of {name} -->"
         pattern = f"{begin}.*?{end}"
         if len(re.findall(pattern, text, re.DOTALL)) != 1:
-            raise ValueError(f"{README.name} needs the lines {begin.strip()} and {end}, once, around its table.")
+            raise ValueError(f"{README.name} needs the lines {begin.strip()} and {end.strip()}, once, around its table.")
         text = re.sub(pattern, lambda _, new=f"{begin}{table}\n{end}": new, text, flags=re.DOTALL)
     return text
 
@@ -59,7 +59,7 @@ def _speed_up() -> str:
         if all("memory_bytes" in record for record in of_length):
             plans = [record["memory_bytes"] for record in of_length]
             peaks = [plans[0]["dense_forward_backward"]["peak"], *(plan["forward_backward"]["peak"] for plan in plans)]
-            rows.append(["peak MiB", *(f"{peak / 2**20:,.0f}" for peak in peaks)])
+            rows.append([f"{length}, peak MiB", *(f"{peak / 2**20:,.0f}" for peak in peaks)])
     return f"{_markdown(rows)}\n\n{_source(environment)}."
 
 
