@@ -113,7 +113,8 @@ def _legend(swept_on: dict[str, Any], single_on: dict[str, Any]) -> list[Any]:
     from matplotlib.lines import Line2D
 
     def entry(label: str, **style: Any) -> Line2D:
-        return Line2D([], [], color=INK, label=label, **({"linestyle": ""} | style))
+        everything: dict[str, Any] = {"color": INK, "linestyle": ""} | style
+        return Line2D([], [], label=label, **everything)
 
     device = swept_on["device"].split(" x ", 1)[1]
     return [

@@ -42,7 +42,9 @@ def in_readme(text: str) -> str:
         begin, end = f"<!-- table {name} -->\n\n", f"\n<!-- end of {name} -->"
         pattern = f"{begin}.*?{end}"
         if len(re.findall(pattern, text, re.DOTALL)) != 1:
-            raise ValueError(f"{README.name} needs the lines {begin.strip()} and {end.strip()}, once, around its table.")
+            raise ValueError(
+                f"{README.name} needs the lines {begin.strip()} and {end.strip()}, once, around its table."
+            )
         text = re.sub(pattern, lambda _, new=f"{begin}{table}\n{end}": new, text, flags=re.DOTALL)
     return text
 
@@ -73,7 +75,7 @@ def _break_even(measured: dict[str, Any]) -> str:
         for row in measured[kind]["lengths"]:
             dense = row["own_dense"] if kind == "cpu" else 1.0
             hashed, dropped = (break_even(row[method], dense) for method in ("hash", "qk"))
-            buckets = "never" if hashed is None else f"{math.ceil(1 / hashed)}"
+            buckets = "never" if hashed is None else f"{max(2, math.ceil(1 / hashed))}"
             rate = "never" if dropped is None else f"{100 * (1 - math.sqrt(dropped)):.0f} %"
             densities = ["-" if x is None else f"{x:.2f}" for x in (hashed, dropped)]
             rows.append([kind, str(row["length"]), buckets, densities[0], rate, densities[1]])

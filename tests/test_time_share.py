@@ -25,18 +25,23 @@ def measured():
                 yield kind, int(length[1:]), re.sub(r"\d", "", pattern), case["density"], share
 
 
+def expect(*arguments, **options):
+    expected = sfj.expected_time_share(*arguments, **options)
+    assert expected is not None
+    return expected
+
+
 def test_a_measured_case_is_expected_as_it_was_measured():
     cases = list(measured())
     assert {kind for kind, *_ in cases} == {"cpu", H100}
     for kind, length, method, density, share in cases:
-        expected = sfj.expected_time_share(length, density, method=method, device_kind=kind)
-        assert expected is not None
+        expected = expect(length, density, method=method, device_kind=kind)
         assert expected.share == pytest.approx(share, rel=5e-3)
         assert (expected.device_kind, expected.measured_on) == (kind, kind)
 
 
 def test_between_measurements_it_lies_between_them():
-    share = lambda length, density: sfj.expected_time_share(length, density, device_kind=H100).share
+    share = lambda length, density: expect(length, density, device_kind=H100).share
     for ends in (share(8192, 1 / 16), share(16384, 1 / 16)), (share(16384, 1 / 8), share(16384, 1 / 4)):
         assert ends[0] != ends[1]
     assert min(share(8192, 1 / 16), share(16384, 1 / 16)) < share(11585, 1 / 16)
@@ -45,7 +50,7 @@ def test_between_measurements_it_lies_between_them():
 
 
 def test_outside_of_measurements_it_is_the_nearest():
-    share = lambda length, density: sfj.expected_time_share(length, density, device_kind=H100).share
+    share = lambda length, density: expect(length, density, device_kind=H100).share
     assert share(1, 1 / 16) == share(2, 1 / 16)
     assert share(2**22, 1 / 16) == share(2**21, 1 / 16)
     assert share(16384, 1.9) == share(16384, 1.0)
@@ -53,15 +58,13 @@ def test_outside_of_measurements_it_is_the_nearest():
 
 
 def test_methods_are_measured_apart():
-    hashed, dropped = (
-        sfj.expected_time_share(16384, 0.25, method=method, device_kind=H100) for method in ("hash", "qk")
-    )
+    hashed, dropped = (expect(16384, 0.25, method=method, device_kind=H100) for method in ("hash", "qk"))
     assert hashed.share != dropped.share
     assert hashed.own_dense == dropped.own_dense
 
 
 def test_another_gpu_is_assumed_to_be_as_one_that_was_measured():
-    a100, h100 = (sfj.expected_time_share(16384, 0.1, device_kind=kind) for kind in ("NVIDIA A100-SXM4-80GB", H100))
+    a100, h100 = (expect(16384, 0.1, device_kind=kind) for kind in ("NVIDIA A100-SXM4-80GB", H100))
     assert a100.share == h100.share
     assert (a100.device_kind, a100.measured_on) == ("NVIDIA A100-SXM4-80GB", H100)
     assert "NVIDIA A100-SXM4-80GB assumed to be alike" in str(a100)
