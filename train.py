@@ -20,7 +20,7 @@ from training.data import Corpus, load_corpus
 from training.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from training.evaluation import Evaluation, evaluate, unigram
 from training.metrics import MetricsLog, recent_mean
-from training.model import transformer_config
+from training.model import automatic_choice, transformer_config
 from training.optimizer import learning_rate, make_optimizer
 from training.plot import plot_loss
 from training.progress import TrainProgress
@@ -178,6 +178,8 @@ def introduce(run: Run, state: TrainState) -> None:
         f"step    {batch.accumulation} x {batch.size} sequences of {batch.length:,} tokens; {config.steps:,} steps",
         f"files   {run.folder.root}",
     ]
+    if "auto" in config.model.attention:
+        lines.insert(3, f"auto    {automatic_choice(config)}")
     if run.folder.resume_from is not None:
         lines.append(f"resumed {run.folder.resume_from}, step {int(state.step)}")
     for line in lines:

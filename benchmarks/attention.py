@@ -10,12 +10,12 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from environment import environment, written
 from memory import memory, shortened
-from passes import Call, dense_calls, make_plan, matmul_call, mha_calls, planned_memory, sparse_calls
+from passes import Call, dense_calls, make_plan, matmul_call, memory_bytes, mha_calls, sparse_calls
 from selection import QUICK_LENGTH, Case, grows, select
 from timing import Timing, measure
 
@@ -27,6 +27,14 @@ RESULTS = Path(__file__).resolve().parent / "results"
 FORWARD_FLOPS, FORWARD_BACKWARD_FLOPS = 4, 14
 MHA_BACKWARD_SIDES = (32, 64, 128)  # the first is the default of JAX's kernel; the best counts
 DENSE_ARRAYS = 4  # [B N T S] arrays in float32 that dense forward + backward on a CPU holds, by the compiler's plan
+
+
+class Baseline(NamedTuple):
+    """Dense attention on a case's tensors."""
+
+    times: dict[str, Timing]
+    memory: dict[str, int]
+    """Of forward and backward."""
 
 
 def main() -> None:
@@ -77,20 +85,20 @@ def _matmul_rate(dtype: str, platform: str, quick: bool) -> float:
 
 def _with_baselines(
     cases: list[Case], platform: str, samples: int, *, mha: bool
-) -> Iterator[tuple[Case, dict[str, Timing] | str]]:
+) -> Iterator[tuple[Case, Baseline | str]]:
     """Times dense attention once for each shape and dtype, and gives it with each case."""
-    baselines: dict[tuple, dict[str, Timing] | str] = {}
+    baselines: dict[tuple, Baseline | str] = {}
     for case in cases:
         tensors = (case.shape, case.dtype)
         if tensors not in baselines:
             baselines[tensors] = _dense(case, platform, samples)
         baseline = baselines[tensors]
-        if mha and case.pattern.name == "causal" and platform == "gpu" and isinstance(baseline, dict):
-            baseline = baseline | _mha(case, samples)
+        if mha and case.pattern.name == "causal" and platform == "gpu" and isinstance(baseline, Baseline):
+            baseline = baseline._replace(times=baseline.times | _mha(case, samples))
         yield case, baseline
 
 
-def _dense(case: Case, platform: str, samples: int) -> dict[str, Timing] | str:
+def _dense(case: Case, platform: str, samples: int) -> Baseline | str:
     """Times dense attention on the case's tensors, or says why not."""
     s = case.shape
     needed = DENSE_ARRAYS * 4 * s.B * s.N * s.T * s.keys
@@ -98,7 +106,8 @@ def _dense(case: Case, platform: str, samples: int) -> dict[str, Timing] | str:
     if platform == "cpu" and needed > free / 2:
         return f"not run: needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
     implementation = "xla" if platform == "cpu" or case.dtype == "float32" else "cudnn"
-    return _timed(dense_calls(case, implementation), samples)
+    calls = dense_calls(case, implementation)
+    return Baseline(_timed(calls, samples), memory_bytes(calls["dense_forward_backward"].compile()))
 
 
 def _mha(case: Case, samples: int) -> dict[str, Timing]:
@@ -119,7 +128,7 @@ def _timed(calls: dict[str, Call], samples: int) -> dict[str, Timing]:
     return {name: measure(call.function, *call.args, samples=samples) for name, call in calls.items()}
 
 
-def _record(case: Case, dense: dict[str, Timing] | str, implementation: str | None, samples: int) -> dict[str, Any]:
+def _record(case: Case, dense: Baseline | str, implementation: str | None, samples: int) -> dict[str, Any]:
     """Times a case and relates the times to the work and to the baseline."""
     shape = case.shape
     calls = sparse_calls(case, implementation)
@@ -127,7 +136,8 @@ def _record(case: Case, dense: dict[str, Timing] | str, implementation: str | No
     plan = make_plan(case, calls["plan"].args[0])
     stats = _tiles(case, plan, implementation)
     pairs = stats.visible_pairs * (shape.B * shape.N // stats.heads)
-    baseline = dense if isinstance(dense, dict) else {}
+    baseline = dense.times if isinstance(dense, Baseline) else {}
+    dense_memory = {"dense_forward_backward": dense.memory} if isinstance(dense, Baseline) else {}
 
     def tflops(name: str) -> float:
         flops = FORWARD_BACKWARD_FLOPS if name.endswith("backward") else FORWARD_FLOPS
@@ -153,7 +163,7 @@ def _record(case: Case, dense: dict[str, Timing] | str, implementation: str | No
             for name in ("forward", "forward_backward")
             if baseline
         },
-        "temporary_bytes": planned_memory(calls["forward_backward"].compile()).temp_size_in_bytes,
+        "memory_bytes": {"forward_backward": memory_bytes(calls["forward_backward"].compile())} | dense_memory,
     }
 
 
@@ -168,9 +178,10 @@ def _tiles(case: Case, plan: AttentionPlan, implementation: str | None) -> PlanS
 
 _COLUMNS = ("plan", "gather", "kernel_forward", "kernel_forward_backward", "forward", "forward_backward")
 _HEADER = (
-    "ms, medians; plan, gather and kernels by themselves, then the whole call; TFLOP/s of visible pairs, whole call\n"
+    "ms, medians; plan, gather and kernels by themselves, then the whole call; TFLOP/s of visible pairs and\n"
+    "peak MiB of forward + backward, whole call\n"
     f"{'case':<36}{'plan':>8}{'gather':>8}{'k fwd':>9}{'k f+b':>9}{'fwd':>9}{'f+b':>9}{'dense f':>9}{'dense f+b':>10}"
-    f"{'x fwd':>7}{'x f+b':>7}{'mha f':>9}{'mha f+b':>9}{'TFLOP/s':>9}{'tiles':>7}"
+    f"{'x fwd':>7}{'x f+b':>7}{'mha f':>9}{'mha f+b':>9}{'TFLOP/s':>9}{'tiles':>7}{'MiB':>8}{'dense':>8}"
 )
 
 
@@ -187,6 +198,9 @@ def _row(record: dict[str, Any]) -> str:
         cells.append(f"{ms[name]:>9.2f}" if name in ms else f"{'-':>9}")
     cells.append(f"{record['useful_tflops']['forward_backward']:>9.3g}")
     cells.append(f"{record['tiles']['efficiency']:>7.2f}")
+    for name in ("forward_backward", "dense_forward_backward"):
+        memory = record["memory_bytes"].get(name)
+        cells.append(f"{memory['peak'] / 2**20:>8.0f}" if memory else f"{'-':>8}")
     return "".join(cells)
 
 

@@ -152,6 +152,13 @@ def _with_gradients(attend: Callable[..., jax.Array]) -> jax.stages.Wrapped:
     return jax.jit(step)
 
 
+def memory_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Returns bytes by the compiler's plan: `held` (arguments and outputs), `temporary`, and `peak`, all together."""
+    plan = planned_memory(compiled)
+    held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return {"held": held, "temporary": plan.temp_size_in_bytes, "peak": held + plan.temp_size_in_bytes}
+
+
 def planned_memory(compiled: jax.stages.Compiled) -> Any:
     """Returns the compiler's plan of temporary, argument and output bytes.
 

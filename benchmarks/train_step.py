@@ -33,7 +33,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 from environment import environment, written
-from passes import planned_memory
+from passes import memory_bytes
 from selection import QUICK_LENGTH
 from timing import Timing, measure
 from variants import KINDS, Variant, flops, settings, variants, vocabulary, with_attention
@@ -125,7 +125,7 @@ def _measured(variant: Variant, length: int, tokens: int, samples: int, *, quick
         **_mfu(work, timing.median),
         "visible": None if variant.kind == "none" else both(lambda metrics: metrics.layers.visible.mean()),
         "loss": both(lambda metrics: metrics.loss),
-        "memory_bytes": _memory(step),
+        "memory_bytes": memory_bytes(step),
         "compile_seconds": compile_seconds,
     }
 
@@ -154,13 +154,6 @@ def _mfu(work: dict[str, float], seconds: float) -> dict[str, float | None]:
     if peak is None:
         return {"mfu": None, "mfu_model": None}
     return {"mfu": sum(work.values()) / seconds / peak, "mfu_model": work["model"] / seconds / peak}
-
-
-def _memory(step: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes by the compiler's plan; an allocator's peak would be that of all the steps of this process so far."""
-    plan = planned_memory(step)
-    held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
-    return {"held": held, "temporary": plan.temp_size_in_bytes, "peak": held + plan.temp_size_in_bytes}
 
 
 _HEADER = (

@@ -39,7 +39,7 @@ class TransformerConfig:
         mlp_ratio: hidden size of the MLP over the width.
         positions: "learned" embeddings or "rope".
         max_length: most tokens of a sequence (learned positions).
-        attention: the pattern of all layers, or a tuple of one for each.
+        attention: the pattern of all layers, or a tuple of one for each. `Auto` chooses at each length that is run.
         shared_qk: keys are the normalised queries, in every layer.
         shared_scale: factor on the scores where keys are shared; default 1 / sqrt(H). As shared keys have length
             1, a factor of 1.0 starts with scores as large as separate keys have at the default.

@@ -16,5 +16,7 @@ from sparse_flash_jax.plan import AttentionPlan as AttentionPlan
 from sparse_flash_jax.plan import make_plan as make_plan
 from sparse_flash_jax.reference import reference_attention as reference_attention
 from sparse_flash_jax.stats import PlanStats as PlanStats
+from sparse_flash_jax.time_share import TimeShare as TimeShare
+from sparse_flash_jax.time_share import expected_time_share as expected_time_share
 
 __version__ = "0.1.0"

@@ -131,7 +131,7 @@ class AttentionPlan(NamedTuple):
         return jnp.mean(visible) / np.float32(causal_pairs(self.query_length, self.key_length))
 
     def stats(self, block_q: int = 128, block_k: int = 128) -> PlanStats:
-        """Returns counts of visible pairs, tiles, lonely queries and the largest group, as Python numbers.
+        """Returns counts of visible pairs, tiles, lonely queries and the largest group, and the time to expect.
 
         Args:
             block_q: queries in a tile.
@@ -153,6 +153,7 @@ class AttentionPlan(NamedTuple):
             query_length=self.query_length,
             key_length=self.key_length,
             largest_group=int(np.max(self.kept_keys if self.largest_group is None else self.largest_group)),
+            method="qk" if self.largest_group is None else "hash",
             block_q=block_q,
             block_k=block_k,
         )

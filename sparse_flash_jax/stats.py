@@ -1,4 +1,7 @@
-"""What a plan costs, counted on the host: visible pairs, tiles at given block sizes, rows that see nothing."""
+"""What a plan costs, counted on the host: visible pairs, tiles at given block sizes, rows that see nothing.
+
+What that means in time on the default device is left to time_share.py.
+"""
 
 import dataclasses
 import math
@@ -8,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from sparse_flash_jax.kernels.tiles import Runs, tile_range
+from sparse_flash_jax.time_share import Method, TimeShare, expected_time_share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +36,8 @@ class PlanStats:
     """Queries whose output is 0: dropped ones, and kept ones that see no key."""
     largest_group: int
     """Kept keys in the largest group of any head."""
+    expected_time: TimeShare | None
+    """Beside dense attention on the default device; None where nothing was measured, is visible, or T is not S."""
 
     @property
     def tile_efficiency(self) -> float:
@@ -49,12 +55,21 @@ class PlanStats:
             "tile efficiency": f"{self.tile_efficiency:.3f}",
             "empty queries": f"{self.empty_queries:,}",
             "largest group": f"{self.largest_group:,} keys",
+            "expected time": str(self.expected_time or "not known on this device or for these lengths"),
         }
         return "\n".join(f"{name:<16}{value}" for name, value in rows.items())
 
 
 def plan_stats(
-    runs: Runs, *, query_length: int, key_length: int, causal_pairs: int, largest_group: int, block_q: int, block_k: int
+    runs: Runs,
+    *,
+    query_length: int,
+    key_length: int,
+    causal_pairs: int,
+    largest_group: int,
+    method: Method,
+    block_q: int,
+    block_k: int,
 ) -> PlanStats:
     """Counts a plan; see `AttentionPlan.stats`."""
     start, stop = np.asarray(runs.k_start), np.asarray(runs.k_stop)
@@ -66,10 +81,12 @@ def plan_stats(
     first_start, first_stop, last_start, last_stop = (jnp.asarray(x) for x in ends)
     tiles = tile_range(first_start, first_stop, last_start, last_stop, block_k)
     empty_slots = int((stop == start).sum())
+    density = visible / (heads * causal_pairs)
+    measured = visible > 0 and query_length == key_length
     return PlanStats(
         heads=heads,
         visible_pairs=visible,
-        density=visible / (heads * causal_pairs),
+        density=density,
         block_q=block_q,
         block_k=block_k,
         total_tiles=heads * -(-query_length // block_q) * -(-key_length // block_k),
@@ -77,6 +94,7 @@ def plan_stats(
         full_tiles=_sum(tiles.full_stop - tiles.full_start),
         empty_queries=empty_slots + heads * (query_length - start.shape[-1]),
         largest_group=largest_group,
+        expected_time=expected_time_share(query_length, density, method=method) if measured else None,
     )
 
 

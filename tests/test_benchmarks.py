@@ -47,7 +47,8 @@ def test_attention_writes_times_work_and_memory(tmp_path):
     for name, speedup in case["speedup"].items():
         assert speedup == case["seconds"][f"dense_{name}"]["median"] / case["seconds"][name]["median"]
     assert 0 < case["tiles"]["executed"] <= case["tiles"]["total"]
-    assert case["temporary_bytes"] > 0
+    sparse, dense = (case["memory_bytes"][name] for name in ("forward_backward", "dense_forward_backward"))
+    assert sparse["peak"] == sparse["held"] + sparse["temporary"] < dense["peak"]
 
     (memory,) = result["memory"]
     assert memory["length"] == 256
@@ -87,36 +88,35 @@ def test_density_writes_a_row_a_pattern(tmp_path):
     assert densities["hash1"] == densities["qk0"] == 1
     assert 0 < densities["qk80"] < densities["qk50"] < 0.5
     assert 0 < densities["hash64"] < densities["hash16"] < 0.1
+    for case in result["cases"]:
+        assert case["memory_bytes"].keys() == case["seconds"].keys()
+        sparse, dense = (case["memory_bytes"][name]["peak"] for name in ("forward_backward", "dense_forward_backward"))
+        assert 0 < sparse < dense
+
+
+def test_the_package_ships_what_was_measured(tmp_path):
+    out = tmp_path / "time_shares.json"
+    done = _run("density.py", "--package", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert out.read_text() == (ROOT / "sparse_flash_jax" / "time_shares.json").read_text()
 
 
 def test_train_step_compares_attention_in_one_model(tmp_path):
     out = tmp_path / "train-step.json"
-    done = _run(
-        "train_step.py",
-        "--quick",
-        "--attention",
-        "none",
-        "dense",
-        "causal",
-        "hash",
-        "centred",
-        "--buckets",
-        8,
-        "--out",
-        out,
-    )
+    kinds = ("none", "dense", "causal", "hash", "centred")
+    done = _run("train_step.py", "--quick", "--attention", *kinds, "--buckets", 8, "--out", out)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     _check_environment(result["environment"])
     assert _finite(result)
     steps = {step["attention"]: step for step in result["steps"]}
-    assert list(steps) == ["none", "dense", "causal", "hash8"]
+    assert list(steps) == ["none", "dense", "causal", "hash8", "centred8"]
     dense, sparse = steps["dense"], steps["hash8"]
     assert len({step["parameters"] for step in steps.values()}) == 1
 
     # One loss where the mask is one, another where it is not.
     assert math.isclose(dense["loss"]["first"], steps["causal"]["loss"]["first"], rel_tol=1e-5)
-    assert len({round(steps[name]["loss"]["first"], 4) for name in ("none", "dense", "hash8")}) == 3
+    assert len({round(steps[name]["loss"]["first"], 4) for name in ("none", "dense", "hash8", "centred8")}) == 4
     assert all(step["loss"]["last"] < step["loss"]["first"] for step in steps.values())
 
     # 2 blocks of shared q and k: q, v, out and 8 for the MLP, of width 64; 128 tokens; 256 of them, one sequence.

@@ -62,6 +62,7 @@ def test_public_names_are_imported():
     names = set(fresh(code).split())
     documented = (
         "causal packed qk_sparse hash_sparse make_plan random_keep top_keep lsh_buckets sparse_attention "
-        "hash_sparse_attention qk_sparse_attention reference_attention AttentionPlan PlanStats RESIDUAL_NAMES PLAN_NAME"
+        "hash_sparse_attention qk_sparse_attention reference_attention AttentionPlan PlanStats RESIDUAL_NAMES "
+        "PLAN_NAME expected_time_share TimeShare"
     )
     assert names >= set(documented.split())

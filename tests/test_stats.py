@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -80,6 +81,7 @@ def test_dense_causal_in_numbers():
         "full_tiles": 6,
         "empty_queries": 0,
         "largest_group": 256,
+        "expected_time": sfj.expected_time_share(256, 1.0, method="qk"),
     }
     assert stats.tile_efficiency == pytest.approx(256 * 257 / 2 / (10 * 64 * 64))
 
@@ -87,7 +89,19 @@ def test_dense_causal_in_numbers():
 def test_numbers_are_python_numbers():
     stats = definition.plan(BY_NAME["B2-T63-N4-K2-H32-hash16-f32"]).stats()
     for name, value in dataclasses.asdict(stats).items():
-        assert type(value) in (int, float), name
+        assert name == "expected_time" or type(value) in (int, float), name
+
+
+def test_expected_time_is_that_of_the_plans_method_and_density():
+    bucket = jax.random.randint(jax.random.key(0), (1, 512, 1), 0, 4)
+    keep = sfj.random_keep(jax.random.key(1), (1, 512, 1), 0.5)
+    hashed, dropped = sfj.hash_sparse(bucket, bucket).stats(), sfj.qk_sparse(keep, keep).stats()
+    assert hashed.expected_time == sfj.expected_time_share(512, hashed.density, method="hash")
+    assert dropped.expected_time == sfj.expected_time_share(512, dropped.density, method="qk")
+    assert str(hashed.expected_time) in str(hashed)
+    for unknown in (sfj.causal(512, 256), sfj.qk_sparse(jnp.zeros_like(keep), keep)):
+        assert unknown.stats().expected_time is None
+        assert "not known" in str(unknown.stats())
 
 
 def test_printing():

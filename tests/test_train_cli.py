@@ -18,12 +18,15 @@ import pytest
 from flax import nnx
 
 import train
+from sparse_flash_jax import time_share
+from sparse_flash_jax.flax.pattern import QK, Dense
 from training import run_folder
 from training.checkpoint import Checkpoints
 from training.cli import parse
 from training.config import identity
 from training.errors import CheckpointError, ConfigError
 from training.metrics import MetricsLog, read_metrics
+from training.model import transformer_config
 from training.presets import PRESETS
 from training.run_folder import choose_folder
 from training.step import TrainState
@@ -114,6 +117,9 @@ def test_presets_and_options():
         (["--buckets", "5"], "must be even"),
         (["--model.width", "30"], "not a multiple"),
         (["--rate", "1.0", "--attention", "qk"], "below 1"),
+        (["--attention", "auto", "--buckets", "5"], "must be even"),
+        (["--attention", "auto", "--model.auto-sparse", "qk", "--rate", "1.0"], "below 1"),
+        (["--attention", "auto", "--model.auto-density", "0"], r"--model.auto-density must lie in \(0, 1\]"),
         (["--steps", "0"], "at least 1"),
         (["--length", "100"], "must fit"),
         (["--model.window", "0"], "--model.window must be at least 1, got 0"),
@@ -172,6 +178,21 @@ def test_a_run_leaves_its_files(finished):
     assert json.loads((finished / "config.json").read_text())["steps"] == 6
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (finished / "sample.txt").exists()
+
+
+def test_auto_is_chosen_once_and_said(text, tmp_path, capsys, monkeypatch):
+    row = {"length": 64, "own_dense": 1.0, "hash": [[0.25, 2.0]], "qk": [[0.49, 0.5]]}
+    monkeypatch.setattr(time_share, "_measured", lambda: {"cpu": {"lengths": [row]}})
+    out = tmp_path / "run"
+    options = arguments(text, out, "-n", "1", "--attention", "auto")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert train.main(options) == 0
+    assert "auto    dense: at 64 tokens and density 0.25 Hash(num_buckets=4" in capsys.readouterr().out
+    assert read_metrics(out / "metrics.jsonl")[0]["visible"] == pytest.approx([1.0])
+    assert json.loads((out / "config.json").read_text())["model"]["attention"] == ["auto"]
+    dense, sparse = (parse([*options, "--model.auto-sparse", kind]) for kind in ("hash", "qk"))
+    assert transformer_config(dense, 257).patterns == (Dense(),)
+    assert transformer_config(sparse, 257).patterns == (QK(0.3),)
 
 
 def test_a_run_is_not_overwritten(text, finished, capsys):

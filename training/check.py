@@ -65,6 +65,7 @@ def _check_numbers(config: TrainConfig) -> None:
         (above_zero, lambda value: 0 < value < math.inf, "be above 0"),
         (not_negative, lambda value: 0 <= value < math.inf, "not be negative"),
         (below_one, lambda value: 0 <= value < 1, "lie in [0, 1)"),
+        ({"--model.auto-density": model.auto_density}, lambda value: 0 < value <= 1, "lie in (0, 1]"),
         ({"--optimizer.warmup": optimizer.warmup}, lambda value: 0 <= value <= 1, "lie in [0, 1]"),
     )
     for values, holds, expected in rules:
@@ -93,9 +94,10 @@ def _check_attention(model: ModelConfig, separate_documents: bool) -> None:
         )
     if "local" in model.attention and model.window is None:
         raise ConfigError("--model.attention local needs --model.window")
-    if "qk" in model.attention and model.rate >= 1:
+    kinds = {*model.attention, *([model.auto_sparse] if "auto" in model.attention else [])}
+    if "qk" in kinds and model.rate >= 1:
         raise ConfigError(f"--model.rate must be below 1, got {model.rate}")
-    if "hash" in model.attention and (model.buckets < 2 or model.buckets % 2):
+    if "hash" in kinds and (model.buckets < 2 or model.buckets % 2):
         raise ConfigError(f"--model.buckets must be even and at least 2, got {model.buckets}")
     if "dense" in model.attention and model.dense_backend != "sparse_flash" and separate_documents:
         raise ConfigError(

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-Kind = Literal["dense", "local", "hash", "qk"]
+Kind = Literal["dense", "local", "hash", "qk", "auto"]
 alias = tyro.conf.arg
 
 NEWEST = "newest"
@@ -57,7 +57,8 @@ class ModelConfig:
     """Learned position embeddings, or rotary positions."""
     attention: Annotated[tuple[Kind, ...], alias(aliases=["--attention"])] = ("hash",)
     """One kind for all layers, or one a layer: dense (all earlier tokens), local (the last --model.window tokens),
-    hash (same bucket), qk (queries and keys dropped)."""
+    hash (same bucket), qk (queries and keys dropped), auto (hash or qk where that is expected to be faster than dense
+    attention at --length on this device, else dense; --model.auto-*)."""
     buckets: Annotated[int, alias(aliases=["--buckets"])] = 16
     """hash: number of buckets (even)."""
     centred: Annotated[bool, alias(aliases=["--centred"])] = False
@@ -72,6 +73,11 @@ class ModelConfig:
     """qk: share of queries and of keys that is dropped, each."""
     scored: bool = False
     """qk: drop by a learned score, not at random. The choice looks at the whole sequence, so it is not causal."""
+    auto_sparse: Literal["hash", "qk"] = "hash"
+    """auto: what is weighed against dense."""
+    auto_density: float | None = None
+    """auto: share of dense attention's pairs that the sparse kind is expected to show; default 1 / buckets, or
+    (1 - rate)^2. Buckets of an untrained model show more: `visible` in the metrics tells."""
     window: int | None = None
     """local: tokens that a token sees, itself included."""
     dense_backend: Literal["sparse_flash", "xla", "cudnn"] = "sparse_flash"

@@ -1,21 +1,42 @@
 """The model that the settings describe."""
 
+from typing import Literal
+
 from models.transformer import TransformerConfig
-from sparse_flash_jax.flax.pattern import QK, Dense, Hash, Pattern
+from sparse_flash_jax.flax.pattern import QK, Auto, Choice, Dense, Hash, Pattern
 from training.config import Kind, ModelConfig, TrainConfig
 
 
-def layer_pattern(model: ModelConfig, kind: Kind) -> Pattern:
+def layer_pattern(config: TrainConfig, kind: Kind) -> Pattern:
     """The attention pattern of a layer of this kind."""
+    model = config.model
     match kind:
         case "dense":
             return Dense(backend=None if model.dense_backend == "sparse_flash" else model.dense_backend)
         case "local":
             return Dense(window=model.window)
-        case "hash":
-            return Hash(model.buckets, exclude_self=model.exclude_self, centred=model.centred)
-        case "qk":
-            return QK(model.rate, scored=model.scored)
+        case "hash" | "qk":
+            return _sparse_pattern(model, kind)
+        case "auto":
+            return automatic_choice(config).pattern
+
+
+def automatic_choice(config: TrainConfig) -> Choice:
+    """What the layers of kind "auto" are: chosen once, so that evaluation and sampling see what training sees."""
+    model = config.model
+    return Auto(_sparse_pattern(model, model.auto_sparse), model.auto_density).choose(
+        config.batch.length,
+        dtype=model.dtype,
+        head_dim=model.width // model.heads,
+        packed=config.data.separate_documents,
+        implementation=model.implementation,
+    )
+
+
+def _sparse_pattern(model: ModelConfig, kind: Literal["hash", "qk"]) -> Hash | QK:
+    if kind == "hash":
+        return Hash(model.buckets, exclude_self=model.exclude_self, centred=model.centred)
+    return QK(model.rate, scored=model.scored)
 
 
 def transformer_config(config: TrainConfig, vocab_size: int) -> TransformerConfig:
@@ -31,7 +52,7 @@ def transformer_config(config: TrainConfig, vocab_size: int) -> TransformerConfi
         mlp_ratio=model.mlp_ratio,
         positions=model.positions,
         max_length=config.batch.length,
-        attention=tuple(layer_pattern(model, kind) for kind in kinds),
+        attention=tuple(layer_pattern(config, kind) for kind in kinds),
         shared_qk=model.shared_qk,
         shared_scale=model.shared_scale,
         dtype=model.dtype,

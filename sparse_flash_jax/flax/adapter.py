@@ -10,9 +10,8 @@ from typing import Any
 
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sparse_flash_jax.attention import sparse_attention
-from sparse_flash_jax.flax.heads import normalise
-from sparse_flash_jax.flax.pattern import QK, Dense, Pattern
+from sparse_flash_jax.flax.heads import attend
+from sparse_flash_jax.flax.pattern import Dense, Pattern, is_scored
 
 
 def attention_fn(
@@ -42,7 +41,7 @@ def attention_fn(
     Raises:
         ValueError: if the pattern does not fit here.
     """
-    if isinstance(pattern, QK) and pattern.scored:
+    if is_scored(pattern):
         raise ValueError("attention_fn has no scores to keep tokens by; use SparseSelfAttention for QK(scored=True).")
     if isinstance(pattern, Dense) and pattern.backend is not None:
         raise ValueError("attention_fn runs the kernels of this package; for jax.nn's, leave out attention_fn.")
@@ -84,8 +83,8 @@ def attention_fn(
         )
         if shared_qk and k.shape != q.shape:
             raise ValueError(f"shared_qk needs keys of the queries' shape {q.shape}, got {k.shape}.")
-        plan = pattern.plan(q, q if shared_qk else k, key=rotations)
-        o = sparse_attention(q, normalise(q) if shared_qk else k, v, plan, scale=scale, implementation=implementation)
+        keys = None if shared_qk else k
+        o, _ = attend(pattern, q, keys, v, key=rotations, scale=scale, implementation=implementation)
         return o.reshape(query.shape)
 
     return attention

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from sparse_flash_jax.attention import sparse_attention
-from sparse_flash_jax.flax.pattern import Dense, KeepScores, Pattern
+from sparse_flash_jax.flax.pattern import Dense, KeepScores, Pattern, resolve
 from sparse_flash_jax.plan import AttentionPlan
 
 # The square root of this is far below the length of any useful query, and a zero query still has a finite gradient.
@@ -35,8 +35,8 @@ def check_heads(num_heads: int, num_key_heads: int, head_dim: int, shared_qk: bo
 def attend(
     pattern: Pattern,
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"] | None,
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "B S K H"] | None,
+    v: Float[Array, "B S K H"],
     *,
     key: PRNGKeyArray | None = None,
     positions: Int32[Array, "#B T"] | None = None,
@@ -46,7 +46,7 @@ def attend(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N H"], AttentionPlan]:
-    """Self-attention of projected heads under a pattern.
+    """Attention of projected heads under a pattern.
 
     The plan is made before rotary positions are applied: buckets go by content. Where tokens are kept by learned
     scores, their outputs and values are multiplied by sigmoid(score), through which the scores learn.
@@ -54,8 +54,9 @@ def attend(
     Args:
         pattern: what is visible.
         q: queries [B T N H].
-        k: keys [B T K H]; None makes them of the queries, each normalised to length 1.
-        v: values [B T K H].
+        k: keys [B S K H]; None makes them of the queries, each normalised to length 1. S is T where there are
+            rotary positions, segments or scores.
+        v: values [B S K H].
         key: PRNG key of hashing or dropping.
         positions: int32 [B|1 T], for rotary positions; default 0..T-1.
         rope_base: largest wavelength of rotary positions; None for none.
@@ -67,6 +68,7 @@ def attend(
     Returns:
         The heads' outputs [B T N H] and the plan.
     """
+    pattern = resolve(pattern, q, segment_ids, implementation)
     plan = pattern.plan(q, q if k is None else k, key=key, segment_ids=segment_ids, scores=scores)
     k = normalise(q) if k is None else k
     if rope_base is not None:

@@ -9,10 +9,10 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from sparse_flash_jax.flax.adapter import attention_fn
 from sparse_flash_jax.flax.heads import attend, check_heads
-from sparse_flash_jax.flax.pattern import QK, Dense, Hash, KeepScores, Pattern
+from sparse_flash_jax.flax.pattern import QK, Auto, Dense, Hash, KeepScores, Pattern, is_scored
 from sparse_flash_jax.plan import AttentionPlan
 
-__all__ = ["QK", "Dense", "Hash", "Pattern", "SparseSelfAttention", "attention_fn"]
+__all__ = ["QK", "Auto", "Dense", "Hash", "Pattern", "SparseSelfAttention", "attention_fn"]
 
 
 class SparseSelfAttention(linen.Module):
@@ -20,7 +20,7 @@ class SparseSelfAttention(linen.Module):
 
     Args:
         num_heads: query heads, N.
-        pattern: what a token sees: `Dense`, `Hash` or `QK`.
+        pattern: what a token sees: `Dense`, `Hash`, `QK`, or `Auto` to let the shapes decide.
         head_dim: H; default the size of the inputs / num_heads.
         num_key_heads: K, which divides N; default N.
         shared_qk: project no keys; they are the queries, normalised per head.
@@ -80,7 +80,7 @@ class SparseSelfAttention(linen.Module):
         k = None if self.shared_qk else self._projection((key_heads, head_dim), "key")(x)
         v = self._projection((key_heads, head_dim), "value")(x)
         scores = None
-        if isinstance(self.pattern, QK) and self.pattern.scored:
+        if is_scored(self.pattern):
             query_score = self._projection(self.num_heads, "query_score")(x)
             scores = KeepScores(query_score, self._projection(key_heads, "key_score")(x))
         o, plan = attend(

@@ -10,10 +10,10 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from sparse_flash_jax.flax.adapter import attention_fn
 from sparse_flash_jax.flax.heads import attend, check_heads
-from sparse_flash_jax.flax.pattern import QK, Dense, Hash, KeepScores, Pattern
+from sparse_flash_jax.flax.pattern import QK, Auto, Dense, Hash, KeepScores, Pattern, is_scored
 from sparse_flash_jax.plan import AttentionPlan
 
-__all__ = ["QK", "Dense", "Hash", "Pattern", "SparseSelfAttention", "attention_fn"]
+__all__ = ["QK", "Auto", "Dense", "Hash", "Pattern", "SparseSelfAttention", "attention_fn"]
 
 _default_init = nnx.initializers.lecun_normal()
 
@@ -24,7 +24,7 @@ class SparseSelfAttention(nnx.Module):
     Args:
         in_features: size of the inputs and outputs, D.
         num_heads: query heads, N.
-        pattern: what a token sees: `Dense`, `Hash` or `QK`.
+        pattern: what a token sees: `Dense`, `Hash`, `QK`, or `Auto` to let the shapes decide.
         head_dim: H; default in_features / num_heads.
         num_key_heads: K, which divides N; default N.
         shared_qk: project no keys; they are the queries, normalised per head.
@@ -82,7 +82,7 @@ class SparseSelfAttention(nnx.Module):
         self.query = projection((num_heads, head_dim))
         self.key = nnx.data(None if shared_qk else projection((num_key_heads, head_dim)))
         self.value = projection((num_key_heads, head_dim))
-        scored = isinstance(pattern, QK) and pattern.scored
+        scored = is_scored(pattern)
         self.query_score = nnx.data(projection(num_heads) if scored else None)
         self.key_score = nnx.data(projection(num_key_heads) if scored else None)
         self.out = nnx.LinearGeneral(

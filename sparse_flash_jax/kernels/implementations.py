@@ -152,6 +152,18 @@ def _what_lacks(implementation: str, dtype: Any, head_dim: int, *, interpret: bo
     return None
 
 
+def default_device_kind() -> str:
+    """Returns what JAX calls the default device: "cpu", "NVIDIA H100 80GB HBM3"."""
+    return _default_device().device_kind
+
+
+def cudnn_attends(dtype: Any, head_dim: int) -> bool:
+    """Whether cuDNN's causal attention, as `jax.nn.dot_product_attention` has it, can do this on the default device."""
+    capability = _compute_capability()
+    largest = 256 if capability >= 9.0 else 128 if capability >= 8.0 else 0  # as JAX checks them
+    return jnp.dtype(dtype).name in ("bfloat16", "float16") and head_dim % 8 == 0 and head_dim <= largest
+
+
 def _compute_capability() -> float:
     """Compute capability of the default device, 0 where that is no NVIDIA GPU."""
     try:

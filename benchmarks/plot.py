@@ -1,0 +1,130 @@
+"""Draws speed-up over dense attention by length, beside what can be had and what the paper measured.
+
+python benchmarks/plot.py            docs/speedup.png, and the tables of README.md
+python benchmarks/plot.py --table    prints the tables and writes nothing
+
+All of ours comes from results/density-gpu.json and results/attention-gpu-end-to-end.json: forward + backward, whole
+calls, over cuDNN's dense causal attention in the same run. The ceiling is dense attention's time for the visible pairs
+alone: a speed-up of 1 / density.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from environment import ROOT
+from tables import README, SHOWN, Records, in_readme, load, tables
+
+PICTURE = ROOT / "docs" / "speedup.png"
+COLOURS = {"hash16": "#0072B2", "hash64": "#009E73", "qk50": "#E69F00", "qk70": "#D55E00"}  # Okabe and Ito
+INK, GRID = "#222222", "#E4E4E4"
+PANELS = {"Hash-sparse": ("hash16", "hash64"), "QK-sparse": ("qk50", "qk70")}
+
+# "Faster Causal Attention Over Large Sequences Through Sparse Flash Attention", arXiv 2306.01160: milliseconds forward
+# and backward on an A100, B4 T32768 N48 H64, bfloat16, read off its run-time figures, so to a few percent; dense is the
+# FlashAttention of 2023. It also reports whole training steps, 16 buckets: 2.0x at 8192 tokens, 3.3x at 16384.
+PAPER_LENGTH = 32_768
+PAPER_FLASH_MS = 1004
+PAPER_MS = {"hash16": 373, "hash64": 292, "qk50": 402, "qk70": 163}
+PAPER_TRAINING = {"hash16": [(8192, 2.0), (16_384, 3.3)]}
+
+
+def main() -> None:
+    """Prints the tables, or draws and writes them into the README."""
+    parser = argparse.ArgumentParser(description="Draws speed-up by length, and writes the README's tables.")
+    parser.add_argument("--table", action="store_true", help="print the tables and write nothing")
+    parser.add_argument("--out", type=Path, default=PICTURE, help="PNG or SVG; default docs/speedup.png")
+    args = parser.parse_args()
+    if args.table:
+        print(*(f"{name}\n\n{table}\n" for name, table in tables().items()), sep="\n")
+        return
+    draw(args.out)
+    README.write_text(in_readme(README.read_text()))
+    print(f"written to {args.out} and {README}")
+
+
+def draw(path: Path) -> None:
+    """Writes the figure: a panel for each method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.4, 4.8))
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.06)
+    (swept_on, swept), (single_on, single) = load("density-gpu.json"), load("attention-gpu-end-to-end.json")
+    axes = figure.subplots(1, len(PANELS), sharey=True)
+    for ax, (title, patterns) in zip(axes, PANELS.items(), strict=True):
+        for pattern in patterns:
+            _draw_pattern(ax, pattern, swept, single)
+        _finish(ax, title, sorted({length for _, length in swept}))
+    axes[0].set_ylabel("times as fast as dense attention", color=INK)
+    figure.legend(handles=_legend(swept_on, single_on), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.suptitle("Forward + backward over dense attention, by length", color=INK, fontweight="bold")
+    figure.savefig(path, dpi=110)
+
+
+def _draw_pattern(ax: Any, pattern: str, swept: Records, single: Records) -> None:
+    colour = COLOURS[pattern]
+    ours = sorted((length, record) for (name, length), record in swept.items() if name == pattern)
+    lengths = [length for length, _ in ours]
+    ax.plot(lengths, [_speedup(record) for _, record in ours], color=colour, marker="o", markersize=4, linewidth=2)
+    ax.plot(lengths, [1 / record["density"] for _, record in ours], color=colour, linestyle=(0, (5, 4)), linewidth=1)
+    ax.annotate(
+        f"{SHOWN[pattern]}: at most {1 / ours[0][1]['density']:.3g}x",
+        (lengths[0], 1 / ours[0][1]["density"]),
+        xytext=(0, 4),
+        textcoords="offset points",
+        color=colour,
+        fontsize=9,
+    )
+    points = [(length, _speedup(record)) for (name, length), record in single.items() if name == pattern]
+    ax.scatter(*_columns(points), color=colour, marker="*", s=110, zorder=3)
+    paper = [(PAPER_LENGTH, PAPER_FLASH_MS / PAPER_MS[pattern])]
+    ax.scatter(*_columns(paper), facecolor="white", edgecolor=colour, marker="s", s=45, zorder=4)
+    training = PAPER_TRAINING.get(pattern, [])
+    ax.scatter(*_columns(training), facecolor="white", edgecolor=colour, marker="D", s=40, zorder=4)
+
+
+def _speedup(record: dict[str, Any]) -> float:
+    return record["speedup"]["forward_backward"]
+
+
+def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _finish(ax: Any, title: str, lengths: list[int]) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log", base=2)
+    ax.axhline(1, color=INK, linewidth=1)
+    ax.annotate("dense", (lengths[-1], 1), xytext=(0, 3), textcoords="offset points", ha="right", fontsize=9, color=INK)
+    ax.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
+    factors = [0.5, 1, 2, 4, 8, 16, 32, 64]
+    ax.set_yticks(factors, [f"{factor:g}x" for factor in factors])
+    ax.set_ylim(0.5, 100)
+    ax.minorticks_off()
+    ax.grid(color=GRID)
+    ax.set_axisbelow(True)
+    ax.set_title(title, color=INK)
+    ax.set_xlabel("tokens of a sequence", color=INK)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+
+
+def _legend(swept_on: dict[str, Any], single_on: dict[str, Any]) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    def entry(label: str, **style: Any) -> Line2D:
+        everything: dict[str, Any] = {"color": INK, "linestyle": ""} | style
+        return Line2D([], [], label=label, **everything)
+
+    device = swept_on["device"].split(" x ", 1)[1]
+    return [
+        entry(f"ours over cuDNN, {device},\ncommit {swept_on['commit'][:7]}", linestyle="-", marker="o", markersize=4),
+        entry(f"ours over cuDNN,\ncommit {single_on['commit'][:7]}", marker="*", markersize=10),
+        entry("ceiling: dense time for\nthe visible pairs alone", linestyle=(0, (5, 4)), linewidth=1),
+        entry("paper over FlashAttention, A100,\nread off its figures", marker="s", markerfacecolor="white"),
+        entry("paper over FlashAttention,\nwhole training steps", marker="D", markerfacecolor="white"),
+    ]
+
+
+if __name__ == "__main__":
+    main()

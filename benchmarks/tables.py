@@ -1,0 +1,113 @@
+"""The README's tables out of measured results: speed-up by length, and where sparse attention is not worth it."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from environment import ROOT
+from time_shares import PACKAGE
+
+RESULTS = Path(__file__).resolve().parent / "results"
+README = ROOT / "README.md"
+SHOWN = {"hash16": "16 buckets", "hash64": "64 buckets", "qk50": "half of q and k dropped", "qk70": "70 % dropped"}
+Records = dict[tuple[str, int], dict[str, Any]]
+
+
+def load(name: str) -> tuple[dict[str, Any], Records]:
+    """Returns the environment of a result, and its whole calls at N12 H64 by pattern and length."""
+    result = json.loads((RESULTS / name).read_text())
+    records = {}
+    for record in result["cases"]:
+        named = re.fullmatch(r"B\d+-T(\d+)-N12-H64-(\w+)-bf16", record["case"])
+        if named is not None:
+            records[named[2], int(named[1])] = record
+    return result["environment"], records
+
+
+def tables() -> dict[str, str]:
+    """Returns each table of the README by the name in its markers."""
+    measured = json.loads(PACKAGE.read_text())
+    return {"speed-up": _speed_up(), "break-even": _break_even(measured)}
+
+
+def in_readme(text: str) -> str:
+    """Returns the README with each table anew between its markers.
+
+    Raises:
+        ValueError: if it has not one pair of markers for a table.
+    """
+    for name, table in tables().items():
+        begin, end = f"<!-- table {name} -->\n\n", f"\n<!-- end of {name} -->"
+        pattern = f"{begin}.*?{end}"
+        if len(re.findall(pattern, text, re.DOTALL)) != 1:
+            raise ValueError(
+                f"{README.name} needs the lines {begin.strip()} and {end.strip()}, once, around its table."
+            )
+        text = re.sub(pattern, lambda _, new=f"{begin}{table}\n{end}": new, text, flags=re.DOTALL)
+    return text
+
+
+def _speed_up() -> str:
+    """Whole calls, forward + backward, over cuDNN's dense causal attention; peak memory where it was measured."""
+    environment, records = load("density-gpu.json")
+    rows = [["T", "cuDNN dense", *SHOWN.values()]]
+    for length in sorted({length for _, length in records}):
+        of_length = [records[pattern, length] for pattern in SHOWN]
+        dense = of_length[0]["seconds"]["dense_forward_backward"]
+        speedups = [record["speedup"]["forward_backward"] for record in of_length]
+        rows.append([str(length), f"{dense * 1e3:.3g} ms", *(f"{x:.1f}x" for x in speedups)])
+        if all("memory_bytes" in record for record in of_length):
+            plans = [record["memory_bytes"] for record in of_length]
+            peaks = [plans[0]["dense_forward_backward"]["peak"], *(plan["forward_backward"]["peak"] for plan in plans)]
+            rows.append([f"{length}, peak MiB", *(f"{peak / 2**20:,.0f}" for peak in peaks)])
+    return f"{_markdown(rows)}\n\n{_source(environment)}."
+
+
+def _break_even(measured: dict[str, Any]) -> str:
+    """By device and length: from how many buckets or drops on, so up to which density, sparse attention is faster.
+
+    Faster than what `Auto` would run instead: cuDNN on a GPU, our own dense attention on a CPU.
+    """
+    rows = [["device", "T", "buckets, from", "density, up to", "dropped of q and k, from", "density, up to"]]
+    for kind in sorted(measured):
+        for row in measured[kind]["lengths"]:
+            dense = row["own_dense"] if kind == "cpu" else 1.0
+            hashed, dropped = (break_even(row[method], dense) for method in ("hash", "qk"))
+            buckets = "never" if hashed is None else f"{max(2, math.ceil(1 / hashed))}"
+            rate = "never" if dropped is None else f"{100 * (1 - math.sqrt(dropped)):.0f} %"
+            densities = ["-" if x is None else f"{x:.2f}" for x in (hashed, dropped)]
+            rows.append([kind, str(row["length"]), buckets, densities[0], rate, densities[1]])
+    sources = "; ".join(_source(measured[kind]["environment"]) for kind in sorted(measured))
+    return f"{_markdown(rows)}\n\n{sources}."
+
+
+def break_even(pairs: list[list[float]], dense: float) -> float | None:
+    """Returns the density up to which sparse attention is faster, 1 where it always is, None where it never is.
+
+    Args:
+        pairs: measured [density, time share], density rising.
+        dense: time share of the dense attention that it is held against.
+    """
+    below = None
+    for density, share in pairs:
+        if share >= dense:
+            if below is None:
+                return None
+            start, faster = below
+            part = math.log(dense / faster) / math.log(share / faster)
+            return start * (density / start) ** part
+        below = density, share
+    return 1.0
+
+
+def _source(environment: dict[str, Any]) -> str:
+    device = environment["device"].removeprefix("1 x ")
+    where = f"{environment['processor']}, {environment['cores']} cores" if device == "cpu" else device
+    return f"`python benchmarks/density.py` on {where}, jax {environment['jax']}, commit {environment['commit'][:7]}"
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
