@@ -21,8 +21,6 @@ ROWS = 128  # positions of a program
 _WARPS = 8
 _BLOCK = 64  # of the head dim, at a time in registers
 _SMALLEST = 16  # side of a product's operands
-# Six products of the three bfloat16 parts of each operand: what they leave out is below float32's rounding.
-_PRECISION = lax.DotAlgorithmPreset.BF16_BF16_F32_X6
 
 
 def hash_rows(
@@ -82,7 +80,7 @@ def _hash(x_ref, rotation_ref, *refs, group: int):
         x = pltriton.load(x_ref.at[b, t, n, first + i], mask=x_inside, other=0)  # [ROWS, block]
         directions_at = (lax.div(n, jnp.int32(group)), first + j, column)
         rotation = pltriton.load(rotation_ref.at[directions_at], mask=inside, other=0)  # [block, columns]
-        return projected + lax.dot(x.astype(jnp.float32), rotation, precision=_PRECISION)
+        return projected + _product(x, rotation)
 
     zeros = jnp.zeros((ROWS, columns), jnp.float32)
     projected = lax.fori_loop(0, pl.cdiv(head_dim, block), add_block, zeros)
@@ -98,6 +96,18 @@ def _hash(x_ref, rotation_ref, *refs, group: int):
     bucket = jnp.where(along | jnp.isnan(projected), column, jnp.where(against, directions + column, 2 * directions))
     t = chunk * ROWS + lax.iota(jnp.int32, ROWS)
     pltriton.store(bucket_ref.at[b, n, t], jnp.min(bucket, axis=1), mask=t < length)
+
+
+def _product(x: Array, rotation: Array) -> Array:
+    """Returns x @ rotation to float32's rounding, by products of parts in bfloat16, of which float32 has three."""
+    if x.dtype != jnp.bfloat16:
+        return lax.dot(x.astype(jnp.float32), rotation, precision=lax.DotAlgorithmPreset.BF16_BF16_F32_X6)
+    total = jnp.zeros((x.shape[0], rotation.shape[1]), jnp.float32)
+    for _ in range(3):
+        part = rotation.astype(jnp.bfloat16)
+        total += lax.dot(x, part, preferred_element_type=jnp.float32)
+        rotation -= part.astype(jnp.float32)
+    return total
 
 
 def _operand_side(size: int) -> int:
