@@ -167,6 +167,24 @@ def test_kernels_that_write_by_position_lower_for_cuda(head_dim):
         assert "mosaic_gpu" in lowered(call, *operands)
 
 
+@pytest.mark.parametrize("capacity", [75, 500])
+def test_rows_by_kernels_are_not_padded_again(monkeypatch, capacity):
+    """Neither where fewer slots than positions are used, nor where slots are no multiple of a tile."""
+    hopper = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
+    monkeypatch.setattr(implementations, "_default_device", lambda: hopper)
+    keep = jax.ShapeDtypeStruct((1, 500, 2), "bool")
+    x = jax.ShapeDtypeStruct((1, 500, 2, 64), "bfloat16")
+
+    def attend(q, k, v, do, keep):
+        plan = sfj.qk_sparse(keep, keep, query_capacity=capacity, key_capacity=capacity)
+        return attended(q, k, v, do, plan)
+
+    with on("NVIDIA H100 80GB HBM3"):
+        text = lowered(attend, x, x, x, x, keep)
+    assert "mosaic_gpu" in text
+    assert not [line for line in text.splitlines() if "stablehlo.pad" in line and "x64xbf16>" in line]
+
+
 def causally(q, k, v, do, *_):
     """Long runs: all gradients from one kernel."""
     return attended(q, k, v, do, sfj.causal(LENGTH))

@@ -61,6 +61,20 @@ def test_delta_on_the_way(moved):
     np.testing.assert_allclose(delta, true_delta, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("whole", [64, 128])
+def test_past_the_last_slot_is_zero(moved, whole):
+    (q, k, _), queries, keys = moved
+    exact = rows.to_slots((q, k), (queries, keys), INTERPRETED)
+    rounded = rows.to_slots((q, k), (queries, keys), INTERPRETED, whole)
+    past = [(0, 0), (0, 0), (0, -exact[0].shape[2] % whole), (0, 0)]
+    assert_equal(rounded, [jnp.pad(x, [*past[:2], (0, -x.shape[2] % whole), (0, 0)]) for x in exact])
+    assert_equal(*(rows.to_positions(xs, (queries, keys), INTERPRETED) for xs in (rounded, exact)))
+    (do, delta), (true_do, true_delta) = (
+        rows.to_slots_with_delta(q, q, queries, INTERPRETED, whole=size) for size in (whole, 1)
+    )
+    assert_equal([do, delta], [jnp.pad(true_do, past), jnp.pad(true_delta, past[:3])])
+
+
 def test_where_slots_are_positions_nothing_is_launched(moved):
     xs, queries, _ = moved
     run = lambda *xs: rows.to_slots(xs, (queries, None, None), INTERPRETED)

@@ -94,6 +94,11 @@ def order_to_write(implementation: str, config: Config, side: Permutation | None
     return side.order if side.order.shape[2] == side.slot.shape[2] else None
 
 
+def whole_slots(implementation: str) -> int:
+    """Returns what numbers of slots are to be a multiple of, so that kernels need no padded copies."""
+    return 128 if implementation == "mosaic" else 1
+
+
 def counting_kernels() -> Callable[..., Any] | None:
     """Returns the kernels that plan by counting, or None where the default device or this JAX has none."""
     return _triton_kernel("counting", "count_tokens")

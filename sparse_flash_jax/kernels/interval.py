@@ -8,6 +8,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
@@ -18,6 +19,7 @@ from sparse_flash_jax.kernels.implementations import (
     kernels_of,
     order_to_write,
     pick_implementation,
+    whole_slots,
 )
 from sparse_flash_jax.kernels.rows import row_kernels, sum_of_products, to_positions, to_slots, to_slots_with_delta
 from sparse_flash_jax.kernels.tiles import Runs
@@ -118,18 +120,27 @@ def _attention(q, k, v, runs, orders, scale, implementation, config):
 
 
 def _forward(q, k, v, runs, orders, scale, implementation, config):
-    rows, order = row_kernels(implementation, interpret=config.interpret), None
-    if orders is not None:
-        q, k, v = _to_slots((q, k, v), (orders[0], orders[1], orders[1]), rows)
+    if orders is None:
+        o, lse = _attend(q, k, v, runs, None, scale, implementation, config)
+    else:
+        rows = row_kernels(implementation, interpret=config.interpret)
+        q, k, v = _to_slots((q, k, v), (orders[0], orders[1], orders[1]), rows, whole_slots(implementation))
         order = order_to_write(implementation, config, orders[0])
-    o, lse = _attend(q, k, v, runs, order, scale, implementation, config)
-    if orders is not None:
-        (o,) = _to_positions((o,), orders[:1], (order,), rows)
+        o, lse = _attend(q, k, v, _extended(runs, q, k), order, scale, implementation, config)
+        (o,), lse = _to_positions((o,), orders[:1], (order,), rows), lse[..., : runs.k_start.shape[2]]
     o, lse = (checkpoint_name(x, name) for x, name in zip((o, lse), RESIDUAL_NAMES, strict=True))
     return (o, lse), (q, k, v, runs, orders, o, lse)
 
 
-_to_slots = jax.jit(to_slots, static_argnums=2)
+_to_slots = jax.jit(to_slots, static_argnums=(2, 3))
+
+
+def _extended(runs: Runs, q: Float[Array, "B N T H"], k: Float[Array, "B K S H"]) -> Runs:
+    """Returns runs for as many slots as there are rows; those past the last see nothing."""
+    past = lambda x, rows: jnp.broadcast_to(x[..., -1:], (*x.shape[:2], rows.shape[2] - x.shape[2]))
+    extend = lambda x, end, rows: jnp.concatenate([x, past(end, rows)], axis=2)
+    of_queries = (extend(x, runs.k_stop, q) for x in (runs.k_start, runs.k_stop))
+    return Runs(*of_queries, *(extend(x, runs.q_stop, k) for x in (runs.q_start, runs.q_stop)))
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -154,7 +165,9 @@ def _backward(scale, implementation, config, residuals, cotangents):
     if orders is None:
         delta = sum_of_products(o, do)
     else:
-        do, delta = to_slots_with_delta(do, o, orders[0], rows)
+        do, delta = to_slots_with_delta(do, o, orders[0], rows, whole_slots(implementation))
+        past = (0, 0), (0, 0), (0, do.shape[2] - lse.shape[2])
+        runs, lse, dlse = _extended(runs, q, k), jnp.pad(lse, past), jnp.pad(dlse, past)
     # d lse / d s is p, as is d o / d s up to the row's mean, so lse's cotangent joins delta.
     delta = delta - dlse
     kernels, operands = kernels_of(implementation), (q, k, v, runs, lse, do, delta)

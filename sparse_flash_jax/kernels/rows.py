@@ -1,5 +1,6 @@
 """Rows of several arrays into slot order and back: in one kernel where there is one, else by a gather each."""
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -28,10 +29,16 @@ def row_kernels(implementation: str, *, interpret: bool) -> RowKernels | None:
 
 
 def to_slots(
-    xs: Sequence[Float[Array, "B _L _A H"]], permutations: Sequence[Permutation | None], kernels: RowKernels | None
+    xs: Sequence[Float[Array, "B _L _A H"]],
+    permutations: Sequence[Permutation | None],
+    kernels: RowKernels | None,
+    whole: int = 1,
 ) -> tuple[Float[Array, "B _A _C H"], ...]:
-    """Returns the rows of each array in slot order, and its layout changed."""
-    return _move(xs, permutations, kernels, gather, "to_slots")
+    """Returns the rows of each array in slot order, and its layout changed.
+
+    Kernels round the number of slots up to a multiple of `whole`; those past the last are 0.
+    """
+    return _move(xs, permutations, kernels, gather, "to_slots", whole=whole)
 
 
 def to_positions(
@@ -42,11 +49,15 @@ def to_positions(
 
 
 def to_slots_with_delta(
-    do: Float[Array, "B T N H"], o: Float[Array, "B T N H"], permutation: Permutation | None, kernels: RowKernels | None
+    do: Float[Array, "B T N H"],
+    o: Float[Array, "B T N H"],
+    permutation: Permutation | None,
+    kernels: RowKernels | None,
+    whole: int = 1,
 ) -> tuple[Float[Array, "B N Tc H"], Float32[Array, "B N Tc"]]:
-    """Returns do in slot order, and delta, the sum of o * do over the head dim, too."""
+    """Returns do in slot order, as `to_slots` does, and delta, the sum of o * do over the head dim, too."""
     if kernels is not None and permutation is not None:
-        return kernels.load("to_slots_with_delta")(do, o, permutation, interpret=kernels.interpret)
+        return kernels.load("to_slots_with_delta")(do, o, permutation, whole=whole, interpret=kernels.interpret)
     delta = gather(sum_of_products(o, do)[..., None], permutation)[..., 0]
     return gather(do, permutation), delta
 
@@ -63,11 +74,13 @@ def _move(
     kernels: RowKernels | None,
     move_one: Callable[[Array, Permutation | None], Array],
     name: str,
+    **options: int,
 ) -> tuple[Array, ...]:
     pairs = list(zip(xs, permutations, strict=True))
     moved = {}
     if kernels is not None:
         by_kernel = {i: (x, by) for i, (x, by) in enumerate(pairs) if by is not None}
-        outputs = kernels.load(name)(list(by_kernel.values()), interpret=kernels.interpret) if by_kernel else ()
+        load = functools.partial(kernels.load(name), interpret=kernels.interpret, **options)
+        outputs = load(list(by_kernel.values())) if by_kernel else ()
         moved = dict(zip(by_kernel, outputs, strict=True))
     return tuple(moved[i] if i in moved else move_one(x, by) for i, (x, by) in enumerate(pairs))

@@ -222,9 +222,9 @@ def backward_dkv(
     *,
     scale: float,
     config: Config[HopperBlocks],
-    order: Int32[Array, "#B #K S"] | None = None,
-) -> tuple[Float[Array, "B K S H"] | Float[Array, "B S K H"], ...]:
-    """Returns dk and dv in k's dtype, summed over a group's query heads; [B S K H] by position, given the order."""
+    order: Int32[Array, "#B #K C"] | None = None,
+) -> tuple[Float[Array, "B K S H"] | Float[Array, "B C K H"], ...]:
+    """Returns dk and dv in k's dtype, summed over a group's query heads; [B C K H] by position, given the order."""
     # From head dim 192 on the registers hold one of the two sums.
     launches = ("kv",) if k.shape[3] <= 128 else ("k", "v")
     operands = (q, k, v, runs, lse, do, delta)

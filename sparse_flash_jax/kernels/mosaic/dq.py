@@ -131,9 +131,9 @@ def backward_dq(
     *,
     scale: float,
     config: Config[HopperBlocks],
-    order: Int32[Array, "#B #N T"] | None = None,
-) -> Float[Array, "B N T H"] | Float[Array, "B T N H"]:
-    """Returns dq in q's dtype, [B T N H] by position given the order; `delta` is sum(o * do) less lse's cotangent."""
+    order: Int32[Array, "#B #N C"] | None = None,
+) -> Float[Array, "B N T H"] | Float[Array, "B C N H"]:
+    """Returns dq in q's dtype, [B C N H] by position given the order; `delta` is sum(o * do) less lse's cotangent."""
     block, head_dim = config.dq, padded_head_dim(q.shape[3])
     held = row_buffers(block)
     ready, free = ready_barriers(block), free_barriers(block)

@@ -212,9 +212,9 @@ def forward(
     *,
     scale: float,
     config: Config[HopperBlocks],
-    order: Int32[Array, "#B #N T"] | None = None,
-) -> tuple[Float[Array, "B N T H"] | Float[Array, "B T N H"], Float32[Array, "B N T"]]:
-    """Returns o in q's dtype, and lse with -inf where a row sees nothing; o [B T N H] by position, given the order."""
+    order: Int32[Array, "#B #N C"] | None = None,
+) -> tuple[Float[Array, "B N T H"] | Float[Array, "B C N H"], Float32[Array, "B N T"]]:
+    """Returns o in q's dtype, and lse with -inf where a row sees nothing; o [B C N H] by position, given the order."""
     block, head_dim = config.forward, padded_head_dim(q.shape[3])
     if block.overlap and block.num_stages < 2:
         raise ValueError(f"with overlap two tiles of keys are in use, so num_stages must be at least 2, got {block}.")

@@ -29,7 +29,7 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 def launch(
     kernel: Callable,
     bounds: tuple[Int32[Array, "b a L"], Int32[Array, "b a L"]],
-    order: Int32[Array, "_b _a L"] | None,
+    order: Int32[Array, "_b _a C"] | None,
     rows: Sequence[Array],
     columns: Sequence[Array],
     outputs: Sequence[Array | jax.ShapeDtypeStruct],
@@ -50,8 +50,8 @@ def launch(
             `scratch`; in the interpreter one more, of shared memory for operands that it cannot take from
             registers; and by keyword scale and shapes.
         bounds: start and stop of each row's run of columns; A divides N.
-        order: position of each row, all L of them, -1 where it is padded; outputs with a head dim are then [B L A H],
-            by position. None leaves them by slot.
+        order: position of each row that has one; outputs with a head dim are then [B T A H], by position, for as many
+            positions. None leaves them by slot.
         rows: [B N|K L H] or [B N L]: what a tile of rows holds of its own.
         columns: [B K|N M H] or [B N M]: what streams past it.
         outputs: of their shapes and dtypes, [B A L H] or [B A L].
@@ -81,9 +81,11 @@ def launch(
         last_first=last_first,
         beside=beside,
     )
-    by_slot = [pad_bounds(x, WARPGROUP_ROWS) for x in bounds]
+    by_slot, positions = [pad_bounds(x, WARPGROUP_ROWS) for x in bounds], None
     if order is not None:
-        by_slot.append(jnp.pad(order, ((0, 0), (0, 0), (0, -length % WARPGROUP_ROWS)), constant_values=-1))
+        positions = order.shape[2]
+        past = (0, 0), (0, 0), (0, shapes.length - positions)
+        by_slot.append(jnp.pad(order, past, constant_values=-1))
 
     def body(start, stop, *refs):
         before = refs if order is not None else (None, *refs)
@@ -96,7 +98,7 @@ def launch(
         scratch = [*scratch, buffers(block.warpgroups, WARPGROUP_ROWS, block.columns, rows[0].dtype)]
     call = plgpu.kernel(
         body,
-        out_type=[_padded_output(x, by_position=order is not None) for x in outputs],
+        out_type=[_padded_output(x, positions) for x in outputs],
         scratch_types=tuple(scratch),
         grid=(batch, row_heads // beside, pl.cdiv(shapes.length, block.rows * block.tiles) * beside),
         grid_names=("batch", "head", "program"),  # the last is the fastest: neighbours read the same columns
@@ -109,20 +111,20 @@ def launch(
     columns = [pad(x, block.columns, padded_head_dim) for x in columns]
     # The call takes no note of the mesh axes that its operands vary over.
     _, *padded = vary_alike((rows[0], *call(*by_slot, *rows, *columns)))
-    return [_cut(x, like, by_position=order is not None) for x, like in zip(padded, outputs, strict=True)]
+    return [_cut(x, like, positions) for x, like in zip(padded, outputs, strict=True)]
 
 
-def _padded_output(like: Array | jax.ShapeDtypeStruct, *, by_position: bool) -> jax.ShapeDtypeStruct:
-    """[B A L] or [B A L H] in whole tiles; by position [B L A H], of which the head dim alone is padded."""
-    if by_position and like.ndim == 4:
-        batch, heads, length, head_dim = like.shape
-        return jax.ShapeDtypeStruct((batch, length, heads, padded_head_dim(head_dim)), like.dtype)
+def _padded_output(like: Array | jax.ShapeDtypeStruct, positions: int | None) -> jax.ShapeDtypeStruct:
+    """[B A L] or [B A L H] in whole tiles; for so many positions [B T A H], of which the head dim alone is padded."""
+    if positions is not None and like.ndim == 4:
+        batch, heads, _, head_dim = like.shape
+        return jax.ShapeDtypeStruct((batch, positions, heads, padded_head_dim(head_dim)), like.dtype)
     return jax.ShapeDtypeStruct(padded_shape(like.shape, WARPGROUP_ROWS, padded_head_dim), like.dtype)
 
 
-def _cut(x: Array, like: Array | jax.ShapeDtypeStruct, *, by_position: bool) -> Array:
+def _cut(x: Array, like: Array | jax.ShapeDtypeStruct, positions: int | None) -> Array:
     """Returns an output without its padding."""
-    if by_position and like.ndim == 4:
+    if positions is not None and like.ndim == 4:
         return x[..., : like.shape[3]]
     return jax.lax.slice(x, (0,) * x.ndim, like.shape)
 
