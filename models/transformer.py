@@ -14,8 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from sparse_flash_jax import PLAN_NAME, RESIDUAL_NAMES
+from sparse_flash_jax.flax.auto import Pattern
 from sparse_flash_jax.flax.nnx import SparseSelfAttention
-from sparse_flash_jax.flax.pattern import Dense, Hash, Pattern
+from sparse_flash_jax.flax.pattern import Dense, Hash
 
 # Standard deviation of initial embeddings, as in GPT-2.
 _INIT_STD = 0.02

@@ -1,7 +1,7 @@
 """What share of dense attention's time to expect of sparse attention, out of measurements that ship with the package.
 
 `benchmarks/density.py` measures, and with `--package` writes `time_shares.json`, which is read here. What follows from
-a share is left to others: `stats.py` prints it, `flax/pattern.py` chooses by it.
+a share is left to others: `stats.py` prints it, `flax/auto.py` chooses by it.
 """
 
 import functools

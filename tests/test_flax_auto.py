@@ -68,7 +68,7 @@ def test_on_a_gpu_dense_attention_is_cudnns_where_it_can(monkeypatch):
     on_gpu(monkeypatch)
     assert choose(Auto(HASH), SHORT).pattern == Dense(backend="cudnn")
     assert choose(Auto(HASH), LONG).pattern == HASH
-    for refused in ({"dtype": "float32"}, {"packed": True}, {"implementation": "triton"}, {"head_dim": 20}):
+    for refused in ({"dtype": "float32"}, {"documents": True}, {"implementation": "triton"}, {"head_dim": 20}):
         assert choose(Auto(HASH), SHORT, **refused).pattern == Dense(), refused
     on_gpu(monkeypatch, "NVIDIA A100-SXM4-80GB", "8.0")
     assert choose(Auto(HASH), SHORT, head_dim=128).pattern == Dense(backend="cudnn")
@@ -79,7 +79,7 @@ def test_own_dense_attention_is_weighed_where_it_would_run(monkeypatch):
     table = {H100: {"lengths": [{"length": 16, "own_dense": 0.4, "hash": [[0.25, 0.5]]}]}}
     monkeypatch.setattr(time_share, "_measured", lambda: table)
     on_gpu(monkeypatch)
-    by_cudnn, own = choose(Auto(HASH), 16), choose(Auto(HASH), 16, packed=True)
+    by_cudnn, own = choose(Auto(HASH), 16), choose(Auto(HASH), 16, documents=True)
     assert (by_cudnn.share, own.share) == (0.5, 1.25)
     assert (by_cudnn.pattern, own.pattern) == (HASH, Dense())
 

@@ -3,7 +3,8 @@
 from typing import Literal
 
 from models.transformer import TransformerConfig
-from sparse_flash_jax.flax.pattern import QK, Auto, Choice, Dense, Hash, Pattern
+from sparse_flash_jax.flax.auto import Auto, AutoChoice, Pattern
+from sparse_flash_jax.flax.pattern import QK, Dense, Hash
 from training.config import Kind, ModelConfig, TrainConfig
 
 
@@ -21,14 +22,14 @@ def layer_pattern(config: TrainConfig, kind: Kind) -> Pattern:
             return automatic_choice(config).pattern
 
 
-def automatic_choice(config: TrainConfig) -> Choice:
+def automatic_choice(config: TrainConfig) -> AutoChoice:
     """What the layers of kind "auto" are: chosen once, so that evaluation and sampling see what training sees."""
     model = config.model
     return Auto(_sparse_pattern(model, model.auto_sparse), model.auto_density).choose(
         config.batch.length,
         dtype=model.dtype,
         head_dim=model.width // model.heads,
-        packed=config.data.separate_documents,
+        documents=config.data.separate_documents,
         implementation=model.implementation,
     )
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from sparse_flash_jax.flax.auto import Pattern, is_scored
 from sparse_flash_jax.flax.heads import attend
-from sparse_flash_jax.flax.pattern import Dense, Pattern, is_scored
+from sparse_flash_jax.flax.pattern import Dense
 
 
 def attention_fn(

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from sparse_flash_jax.attention import sparse_attention
-from sparse_flash_jax.flax.pattern import Dense, KeepScores, Pattern, resolve
+from sparse_flash_jax.flax.auto import Pattern, resolve
+from sparse_flash_jax.flax.pattern import Dense, KeepScores
 from sparse_flash_jax.plan import AttentionPlan
 
 # The square root of this is far below the length of any useful query, and a zero query still has a finite gradient.

@@ -9,8 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from sparse_flash_jax.flax.adapter import attention_fn
+from sparse_flash_jax.flax.auto import Auto, Pattern, is_scored
 from sparse_flash_jax.flax.heads import attend, check_heads
-from sparse_flash_jax.flax.pattern import QK, Auto, Dense, Hash, KeepScores, Pattern, is_scored
+from sparse_flash_jax.flax.pattern import QK, Dense, Hash, KeepScores
 from sparse_flash_jax.plan import AttentionPlan
 
 __all__ = ["QK", "Auto", "Dense", "Hash", "Pattern", "SparseSelfAttention", "attention_fn"]
