@@ -158,6 +158,36 @@ def test_scored_dropping_has_its_parameters_at_every_length():
         attention_fn(Auto(QK(0.5, scored=True)))
 
 
+class TestScoredDropping:
+    """Scores gate values and outputs where they choose tokens, and not in the dense attention chosen instead."""
+
+    PATTERN = QK(0.5, scored=True)
+
+    @pytest.fixture(autouse=True)
+    def dropping_pays_from_32_tokens(self, monkeypatch):
+        rows = [{"length": length, "own_dense": 1.0, "qk": [[0.25, share]]} for length, share in ((16, 2.0), (64, 0.5))]
+        monkeypatch.setattr(time_share, "_measured", lambda: {"cpu": {"lengths": rows}})
+
+    @pytest.mark.parametrize(("length", "chosen"), [(SHORT, Dense()), (LONG, PATTERN)], ids=["dense", "sparse"])
+    def test_nnx(self, length, chosen):
+        x = jax.random.normal(KEY, (1, length, D))
+        automatic, named = (SparseSelfAttention(D, N, p, rngs=nnx.Rngs(0)) for p in (Auto(self.PATTERN), chosen))
+        named.query, named.key, named.value, named.out = (
+            automatic.query,
+            automatic.key,
+            automatic.value,
+            automatic.out,
+        )
+        np.testing.assert_array_equal(automatic(x), named(x))
+
+    @pytest.mark.parametrize(("length", "chosen"), [(SHORT, Dense()), (LONG, PATTERN)], ids=["dense", "sparse"])
+    def test_linen(self, length, chosen):
+        x = jax.random.normal(KEY, (1, length, D))
+        automatic, named = (sparse_linen.SparseSelfAttention(N, pattern) for pattern in (Auto(self.PATTERN), chosen))
+        parameters = automatic.init(KEY, x)
+        np.testing.assert_array_equal(automatic.apply(parameters, x), named.apply(parameters, x))
+
+
 def test_a_model_chooses_at_each_length():
     config = TransformerConfig(vocab_size=8, num_layers=1, width=16, num_heads=2, max_length=64, attention=Auto(HASH))
     assert hash(config) == hash(dataclasses.replace(config))

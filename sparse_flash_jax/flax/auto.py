@@ -53,6 +53,8 @@ class Auto:
 
     Chosen while tracing, from static shapes, the expected density and the device alone; `choose` tells. A layer that
     runs at several lengths may be dense at one and sparse at another; with `choose(...).pattern` it is one of them.
+    Hashing and scoring are not in the measurements, so near break-even it errs to sparse. With a named implementation
+    the expected time is still that of the default kernels.
 
     Args:
         sparse: `Hash` or `QK`, without a window.

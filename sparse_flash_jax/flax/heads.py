@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from sparse_flash_jax.attention import sparse_attention
-from sparse_flash_jax.flax.auto import Pattern, resolve
+from sparse_flash_jax.flax.auto import Pattern, is_scored, resolve
 from sparse_flash_jax.flax.pattern import Dense, KeepScores
 from sparse_flash_jax.plan import AttentionPlan
 
@@ -50,7 +50,8 @@ def attend(
     """Attention of projected heads under a pattern.
 
     The plan is made before rotary positions are applied: buckets go by content. Where tokens are kept by learned
-    scores, their outputs and values are multiplied by sigmoid(score), through which the scores learn.
+    scores, their outputs and values are multiplied by sigmoid(score), through which the scores learn; a pattern that is
+    not scored, such as the dense one that `Auto` may choose, has no gates.
 
     Args:
         pattern: what is visible.
@@ -62,7 +63,7 @@ def attend(
         positions: int32 [B|1 T], for rotary positions; default 0..T-1.
         rope_base: largest wavelength of rotary positions; None for none.
         segment_ids: int32 [B T], documents.
-        scores: of queries and keys, for `QK(scored=True)`.
+        scores: of queries and keys, for `QK(scored=True)`; others leave them alone.
         scale: of the scores; default 1 / sqrt(H).
         implementation: as of `sparse_attention`.
 
@@ -75,13 +76,14 @@ def attend(
     if rope_base is not None:
         positions = jnp.arange(q.shape[1], dtype=jnp.int32)[None] if positions is None else positions
         q, k = rotate(q, positions, rope_base), rotate(k, positions, rope_base)
-    if scores is not None:
-        v = _gate(v, scores.key)
+    gates = scores if is_scored(pattern) else None
+    if gates is not None:
+        v = _gate(v, gates.key)
     if isinstance(pattern, Dense) and pattern.backend is not None:
         o = _jax_attention(pattern, q, k, v, segment_ids, scale)
     else:
         o = sparse_attention(q, k, v, plan, scale=scale, implementation=implementation)
-    return (o if scores is None else _gate(o, scores.query)), plan
+    return (o if gates is None else _gate(o, gates.query)), plan
 
 
 def normalise(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
