@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sparse_flash_jax.flax.auto import Pattern, is_scored
 from sparse_flash_jax.flax.heads import attend
-from sparse_flash_jax.flax.pattern import Dense
 
 
 def attention_fn(
@@ -29,7 +28,7 @@ def attention_fn(
     fresh hashes or drops, build the function inside the training step: `layer.attention_fn = attention_fn(..., key=k)`.
 
     Args:
-        pattern: what is visible; not `QK(scored=True)`, which needs scores, nor a `Dense` with a backend.
+        pattern: what is visible; not `QK(scored=True)`, which needs scores.
         key: PRNG key of hashing or dropping.
         shared_qk: use the normalised queries as keys, and not the layer's own.
         scale: of the scores; default 1 / sqrt(H).
@@ -44,8 +43,6 @@ def attention_fn(
     """
     if is_scored(pattern):
         raise ValueError("attention_fn has no scores to keep tokens by; use SparseSelfAttention for QK(scored=True).")
-    if isinstance(pattern, Dense) and pattern.backend is not None:
-        raise ValueError("attention_fn runs the kernels of this package; for jax.nn's, leave out attention_fn.")
     rotations = key
 
     def attention(
