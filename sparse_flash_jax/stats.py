@@ -37,7 +37,12 @@ class PlanStats:
     largest_group: int
     """Kept keys in the largest group of any head."""
     expected_time: TimeShare | None
-    """Beside dense attention on the default device; None where nothing was measured, is visible, or T is not S."""
+    """Of buckets, or of dropping, at this length and density beside dense attention on the default device.
+
+    None where no device like this was measured, nothing is visible, or T is not S; nor are there measurements of more
+    visible pairs than in dense causal attention, or of runs cut by a window. A bidirectional plan of a density up to 1
+    is taken for a causal one.
+    """
 
     @property
     def tile_efficiency(self) -> float:
@@ -82,7 +87,7 @@ def plan_stats(
     tiles = tile_range(first_start, first_stop, last_start, last_stop, block_k)
     empty_slots = int((stop == start).sum())
     density = visible / (heads * causal_pairs)
-    measured = visible > 0 and query_length == key_length
+    measured = query_length == key_length and 0 < density <= 1 and not _windowed(start, stop)
     return PlanStats(
         heads=heads,
         visible_pairs=visible,
@@ -96,6 +101,12 @@ def plan_stats(
         largest_group=largest_group,
         expected_time=expected_time_share(query_length, density, method=method) if measured else None,
     )
+
+
+def _windowed(start: np.ndarray, stop: np.ndarray) -> bool:
+    """Whether runs move on within a group: without a window, those that overlap start at the same key."""
+    earlier, later = start[..., :-1], start[..., 1:]
+    return bool(((earlier < later) & (later < stop[..., :-1])).any())
 
 
 def _sum(counts: np.ndarray | Array) -> int:

@@ -34,7 +34,7 @@ class TimeShare(NamedTuple):
     device_kind: str
     """Device that this is expected of."""
     measured_on: str
-    """Device that was measured."""
+    """Device that was measured; all CPUs are "cpu" and assumed to be alike."""
 
     @property
     def source(self) -> str:
@@ -65,7 +65,8 @@ def expected_time_share(
 
     Returns:
         The expectation. An NVIDIA GPU that was not measured is assumed to be as the one that shares most words of
-        its name, and says so. None for any other device that was not measured.
+        its name, and says so. All CPUs are "cpu", assumed to be as the one that was measured. None for any other device
+        that was not measured.
 
     Raises:
         TypeError: if the length is not an int.

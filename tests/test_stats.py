@@ -94,12 +94,19 @@ def test_numbers_are_python_numbers():
 
 def test_expected_time_is_that_of_the_plans_method_and_density():
     bucket = jax.random.randint(jax.random.key(0), (1, 512, 1), 0, 4)
+    one = jnp.zeros_like(bucket)
     keep = sfj.random_keep(jax.random.key(1), (1, 512, 1), 0.5)
     hashed, dropped = sfj.hash_sparse(bucket, bucket).stats(), sfj.qk_sparse(keep, keep).stats()
     assert hashed.expected_time == sfj.expected_time_share(512, hashed.density, method="hash")
     assert dropped.expected_time == sfj.expected_time_share(512, dropped.density, method="qk")
     assert str(hashed.expected_time) in str(hashed)
-    for unknown in (sfj.causal(512, 256), sfj.qk_sparse(jnp.zeros_like(keep), keep)):
+    for unknown in (
+        sfj.causal(512, 256),
+        sfj.causal(512, window=100),
+        sfj.hash_sparse(bucket, bucket, window=100),
+        sfj.qk_sparse(jnp.zeros_like(keep), keep),
+        sfj.make_plan(query_group=one, key_group=one, causal=False),
+    ):
         assert unknown.stats().expected_time is None
         assert "not known" in str(unknown.stats())
 
