@@ -75,7 +75,8 @@ def _break_even(measured: dict[str, Any]) -> str:
         for row in measured[kind]["lengths"]:
             dense = row["own_dense"] if kind == "cpu" else 1.0
             hashed, dropped = (break_even(row[method], dense) for method in ("hash", "qk"))
-            buckets = "never" if hashed is None else f"{max(2, math.ceil(1 / hashed))}"
+            # Even, as `lsh_buckets` makes them.
+            buckets = "never" if hashed is None else f"{2 * math.ceil(0.5 / hashed)}"
             rate = "never" if dropped is None else f"{100 * (1 - math.sqrt(dropped)):.0f} %"
             densities = ["-" if x is None else f"{x:.2f}" for x in (hashed, dropped)]
             rows.append([kind, str(row["length"]), buckets, densities[0], rate, densities[1]])
