@@ -247,6 +247,20 @@ def test_foreign_checkpoints_are_refused(text, finished, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_settings_newer_than_a_checkpoint_had_their_defaults(text, finished, tmp_path, capsys):
+    out = tmp_path / "older"
+    shutil.copytree(finished, out)
+    path = out / "checkpoints" / "6" / "record" / "metadata"
+    record = json.loads(path.read_text())
+    for name in ("model.centred", "model.auto_sparse", "model.auto_density"):
+        del record["identity"][name]
+    path.write_text(json.dumps(record))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert train.main(arguments(text, out, "-n", "6", "--resume")) == 0
+    assert train.main(arguments(text, out, "-n", "6", "--resume", "--centred")) == 2
+    assert "model.centred was False, now True" in capsys.readouterr().err
+
+
 def test_damaged_checkpoints_are_named(text, finished, tmp_path, capsys):
     def resume(damage):
         out = tmp_path / damage.__name__

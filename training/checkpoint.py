@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from training.config import with_defaults
 from training.errors import CheckpointError
 from training.step import TrainState
 
@@ -95,7 +96,7 @@ def restore(checkpoint: Path, like: TrainState, identity: dict[str, Any]) -> Tra
     record = _read_record(checkpoint)
     if record.get("format") != _FORMAT:
         raise CheckpointError(f"{checkpoint}: format {record.get('format')!r}, this program reads {_FORMAT}")
-    _compare(checkpoint, record["identity"], identity)
+    _compare(checkpoint, with_defaults(record["identity"]), identity)
     leaves = _named_leaves(like)
     templates = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
     try:

@@ -199,3 +199,8 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     for moved in ("data.folder", "data.source", "data.tokenizer", "data.max_megabytes"):
         del flat[moved]
     return json.loads(json.dumps(flat))
+
+
+def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved identity, complete: settings that are newer than it had their defaults."""
+    return identity(TrainConfig()) | saved
