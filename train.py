@@ -15,12 +15,12 @@ from rich.console import Console
 from training.batches import Batches, EvaluationBatch, evaluation_batches
 from training.checkpoint import Checkpoints, restore
 from training.cli import parse
-from training.config import TrainConfig, identity
+from training.config import TrainConfig
 from training.data import Corpus, load_corpus
 from training.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from training.evaluation import Evaluation, evaluate, unigram
 from training.metrics import MetricsLog, recent_mean
-from training.model import automatic_choice, transformer_config
+from training.model import automatic_choice, resolved_identity, transformer_config
 from training.optimizer import learning_rate, make_optimizer
 from training.plot import plot_loss
 from training.progress import TrainProgress
@@ -78,7 +78,7 @@ def train(config: TrainConfig, stop: StopRequest, console: Console) -> None:
     model_config = transformer_config(config, tokenizer.vocab_size)
     optimizer = make_optimizer(config.optimizer, config.steps)
     structure, state = init_state(model_config, optimizer, config.seed)
-    belongs_to = identity(config) | {"text": corpus.fingerprint}
+    belongs_to = resolved_identity(config) | {"text": corpus.fingerprint}
     if folder.resume_from is not None:
         state = restore(folder.resume_from, state, belongs_to)
 

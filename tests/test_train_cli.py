@@ -195,6 +195,19 @@ def test_auto_is_chosen_once_and_said(text, tmp_path, capsys, monkeypatch):
     assert transformer_config(sparse, 257).patterns == (QK(0.3),)
 
 
+def test_auto_that_chooses_otherwise_does_not_go_on(text, tmp_path, capsys, monkeypatch):
+    def status_where_sparse_takes(share, *options):
+        row = {"length": 64, "own_dense": 1.0, "hash": [[0.25, share]], "qk": [[0.49, share]]}
+        monkeypatch.setattr(time_share, "_measured", lambda: {"cpu": {"lengths": [row]}})
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return train.main(arguments(text, tmp_path / "run", "-n", "1", "--attention", "auto", *options))
+
+    assert status_where_sparse_takes(2.0) == 0
+    assert status_where_sparse_takes(1.5, "--resume") == 0
+    assert status_where_sparse_takes(0.5, "--resume") == 2
+    assert "auto was 'dense', now 'hash'" in capsys.readouterr().err
+
+
 def test_a_run_is_not_overwritten(text, finished, capsys):
     assert train.main(arguments(text, finished, "-n", "6")) == 2
     assert "already holds a run" in capsys.readouterr().err

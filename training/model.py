@@ -1,11 +1,11 @@
 """The model that the settings describe."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from models.transformer import TransformerConfig
 from sparse_flash_jax.flax.auto import Auto, AutoChoice, Pattern
 from sparse_flash_jax.flax.pattern import QK, Dense, Hash
-from training.config import Kind, ModelConfig, TrainConfig
+from training.config import Kind, ModelConfig, TrainConfig, identity
 
 
 def layer_pattern(config: TrainConfig, kind: Kind) -> Pattern:
@@ -32,6 +32,14 @@ def automatic_choice(config: TrainConfig) -> AutoChoice:
         documents=config.data.separate_documents,
         implementation=model.implementation,
     )
+
+
+def resolved_identity(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide the result, and the kind that "auto" is here: on another device it may be another."""
+    if "auto" not in config.model.attention:
+        return identity(config)
+    dense = isinstance(automatic_choice(config).pattern, Dense)
+    return identity(config) | {"auto": "dense" if dense else config.model.auto_sparse}
 
 
 def _sparse_pattern(model: ModelConfig, kind: Literal["hash", "qk"]) -> Hash | QK:
