@@ -13,7 +13,7 @@ differs is attention (`variants.py`):
     causal   this package's own kernels with the causal plan (by request)
     mha      JAX's Pallas-Triton kernels, backward with the tiles that are fastest (GPU)
     hash     this package's hash-sparse attention
-    centred  the same, hashing what vectors are off their mean so far
+    centred  the same, hashing vectors minus their running mean
 
 MFU is FLOPs / seconds / 989.4e12, the dense bfloat16 peak of an H100 or H200 SXM, where
 

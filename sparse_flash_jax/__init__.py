@@ -5,6 +5,7 @@ from sparse_flash_jax.attention import qk_sparse_attention as qk_sparse_attentio
 from sparse_flash_jax.attention import sparse_attention as sparse_attention
 from sparse_flash_jax.hashing import lsh_buckets as lsh_buckets
 from sparse_flash_jax.kernels.interval import RESIDUAL_NAMES as RESIDUAL_NAMES
+from sparse_flash_jax.kernels.interval import ROWS_NAME as ROWS_NAME
 from sparse_flash_jax.patterns import causal as causal
 from sparse_flash_jax.patterns import hash_sparse as hash_sparse
 from sparse_flash_jax.patterns import packed as packed

@@ -115,7 +115,7 @@ def hash_sparse_attention(
         causal: whether a query sees no later key.
         exclude_self: whether a query also does not see the key of its own position.
         window: positions that a query looks back, its own included; None for all.
-        centred: whether to hash what vectors are off their mean so far, which evens buckets out: see `lsh_buckets`.
+        centred: whether to hash vectors minus their running mean, which evens buckets out: see `lsh_buckets`.
         scale: as in `sparse_attention`.
         implementation: as in `sparse_attention`.
         return_residual: as in `sparse_attention`.

@@ -23,7 +23,8 @@ def lsh_buckets(
     """Returns the bucket of each vector: `argmax([x R, -x R])`, with R random, one for each head.
 
     R has num_buckets / 2 columns drawn from N(0, 1) and normalised. Give queries and keys the same key. There is no
-    gradient through the hash, and the length of a vector does not matter.
+    gradient through the hash, and unless `centred` the length of a vector does not matter. NVIDIA GPUs hash into up to
+    256 buckets by a kernel of their own: in one pass, and with the same buckets but for ties within float32's rounding.
 
     Args:
         x: float [B T N H].
@@ -31,10 +32,10 @@ def lsh_buckets(
         key: PRNG key from which R is drawn.
         num_rotations: how many heads R is drawn for; consecutive heads of x share one. For grouped-query attention give
             the number of key heads for the queries. None for N.
-        centred: whether to hash, in place of each vector, what it is off the mean of the vectors up to it, its own
-            included. Vectors that have much in common else share a few buckets, and buckets are what attention costs;
-            the softmax itself does not see what all keys have in common. Later vectors do not matter, so that causal
-            attention stays causal.
+        centred: whether to hash each vector minus the running mean of those up to it, itself included. Vectors that
+            have much in common else share a few large buckets, and their size is what attention costs; the softmax
+            itself does not see what all keys have in common. Later vectors do not matter, so that causal attention
+            stays causal. The first vector is its own mean, and goes to bucket 0.
 
     Returns:
         int32 [B T N] in [0, num_buckets).
@@ -45,29 +46,22 @@ def lsh_buckets(
 
     Source: "Practical and Optimal LSH for Angular Distance", arXiv 1509.02897.
     """
-    return _hash(x, draw_rotation(x, num_buckets, key, num_rotations), centred=centred)
+    rotation = draw_rotation(x, num_buckets, key, num_rotations)
+    hash_rows = hashing_kernel(num_buckets)
+    if hash_rows is None:
+        return _hash(x, rotation, centred=centred)
+    # A GPU's host may hash on its CPU, too. The ways must agree in the mesh axes that their outputs vary over.
+    operands = vary_alike((lax.stop_gradient(x), rotation))
+    cuda, default = (functools.partial(way, centred=centred) for way in (hash_rows, _hash))
+    return lax.platform_dependent(*operands, cuda=cuda, default=default)
 
 
 def hash_sides(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], num_buckets: int, key: PRNGKeyArray, *, centred: bool
 ) -> tuple[Int32[Array, "B T N"], Int32[Array, "B S K"]]:
-    """Returns the buckets of queries and keys by the same rotations; the same array twice where k is q.
-
-    NVIDIA GPUs hash by a kernel. Its buckets are those of `lsh_buckets`, but for ties within float32's rounding.
-    """
-    hash_rows = hashing_kernel(num_buckets)
-
-    def hash_side(x):
-        rotation = draw_rotation(x, num_buckets, key, k.shape[2])
-        if hash_rows is None:
-            return _hash(x, rotation, centred=centred)
-        # A GPU's host may hash on its CPU, too. The ways must agree in the mesh axes that their outputs vary over.
-        operands = vary_alike((lax.stop_gradient(x), rotation))
-        cuda, default = (functools.partial(way, centred=centred) for way in (hash_rows, _hash))
-        return lax.platform_dependent(*operands, cuda=cuda, default=default)
-
-    query_bucket = hash_side(q)
-    return query_bucket, query_bucket if k is q else hash_side(k)
+    """Returns the buckets of queries and keys by the same rotations; the same array twice where k is q."""
+    query_bucket = lsh_buckets(q, num_buckets, key, num_rotations=k.shape[2], centred=centred)
+    return query_bucket, query_bucket if k is q else lsh_buckets(k, num_buckets, key, centred=centred)
 
 
 def draw_rotation(

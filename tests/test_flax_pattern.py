@@ -114,3 +114,9 @@ def test_rotary_scores_depend_on_the_distance_alone(heads):
 def test_normalising_zero_is_finite():
     gradient = jax.grad(lambda x: jnp.sum(normalise(x)))(jnp.zeros((1, 2, 1, H)))
     assert bool(jnp.all(jnp.isfinite(gradient)))
+
+
+def test_centred_hash_refuses_documents(heads, segment_ids):
+    q, k = heads
+    with pytest.raises(ValueError, match="centres whole rows, across documents"):
+        Hash(4, centred=True).plan(q, k, key=jax.random.key(0), segment_ids=segment_ids)

@@ -63,6 +63,6 @@ def test_public_names_are_imported():
     documented = (
         "causal packed qk_sparse hash_sparse make_plan random_keep top_keep lsh_buckets sparse_attention "
         "hash_sparse_attention qk_sparse_attention reference_attention AttentionPlan PlanStats RESIDUAL_NAMES "
-        "PLAN_NAME expected_time_share TimeShare"
+        "PLAN_NAME ROWS_NAME expected_time_share TimeShare"
     )
     assert names >= set(documented.split())

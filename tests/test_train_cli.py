@@ -133,6 +133,7 @@ def test_presets_and_options():
             ["--attention", "dense", "--model.dense-backend", "xla", "--data.separate-documents"],
             "--model.dense-backend xla cannot keep documents apart",
         ),
+        (["--centred", "--data.separate-documents"], "--model.centred centres across documents"),
         (["--model.implementation", "mosaic"], "--model.implementation mosaic: "),
         (["--lr", "0"], "--learning-rate must be above 0"),
         (["--lr", "nan"], "--learning-rate must be above 0"),

@@ -81,28 +81,34 @@ def loss(q, k, v, query_bucket, key_bucket, *, plan=None):
 
 
 SAVED = jax.checkpoint_policies.save_only_these_names(*sfj.RESIDUAL_NAMES, sfj.PLAN_NAME)
+SAVED_ROWS = jax.checkpoint_policies.save_only_these_names(*sfj.RESIDUAL_NAMES, sfj.PLAN_NAME, sfj.ROWS_NAME)
 GRADIENTS = {
     "plain": loss,
     "remat": jax.checkpoint(loss),
     "remat_with_names": jax.checkpoint(loss, policy=SAVED),
+    "remat_with_rows": jax.checkpoint(loss, policy=SAVED_ROWS),
 }
 
 
-@pytest.mark.parametrize("how", ["remat", "remat_with_names"])
+@pytest.mark.parametrize("how", ["remat", "remat_with_names", "remat_with_rows"])
 def test_remat(arrays, how):
     q, k, v, _, *buckets = arrays
     got, plain = (jax.jit(jax.grad(GRADIENTS[h], argnums=(0, 1, 2)))(q, k, v, *buckets) for h in (how, "plain"))
     assert_same(got, plain)
 
 
-# Runs of the forward kernel, and sorts: one for the queries and one for the keys.
-@pytest.mark.parametrize(("how", "forwards", "sorts"), [("plain", 1, 2), ("remat", 2, 4), ("remat_with_names", 1, 2)])
-def test_named_residuals_are_not_made_twice(arrays, how, forwards, sorts):
+# Runs of the forward kernel, moves of q, k and v, and sorts: one for the queries and one for the keys.
+@pytest.mark.parametrize(
+    ("how", "forwards", "moves", "sorts"),
+    [("plain", 1, 1, 2), ("remat", 2, 2, 4), ("remat_with_names", 1, 2, 2), ("remat_with_rows", 1, 1, 2)],
+)
+def test_named_residuals_are_not_made_twice(arrays, how, forwards, moves, sorts):
     q, k, v, _, *buckets = arrays
     jaxpr = jax.make_jaxpr(jax.grad(GRADIENTS[how], argnums=(0, 1, 2)))(q, k, v, *buckets)
     assert calls(jaxpr, "_backward") == 1
     assert primitives(jaxpr).count("sort") == sorts
     assert calls(jaxpr, "_attend") == forwards
+    assert calls(jaxpr, "to_slots") == moves
 
 
 def layer(x, key):

@@ -11,7 +11,7 @@ import pytest
 
 import sparse_flash_jax as sfj
 from sparse_flash_jax.kernels import triton
-from sparse_flash_jax.kernels.config import Blocks, Config, shared_memory, tile_bytes, triton_config, triton_head_dim
+from sparse_flash_jax.kernels.config import Blocks, Config, operand_side, shared_memory, tile_bytes, triton_config
 from sparse_flash_jax.kernels.interval import interval_attention
 from sparse_flash_jax.kernels.triton import launch
 from tests import definition
@@ -84,7 +84,7 @@ def test_default_tiles_fit_the_shared_memory(dtype, head_dim, long_runs):
     for capability in (8.0, 8.6, 8.9, 9.0, 12.0):
         config = triton_config(dtype, head_dim, long_runs=long_runs, capability=capability)
         for block, row_operands in ((config.forward, 1), (config.dq, 2), (config.dkv, 2)):
-            assert tile_bytes(block, row_operands, triton_head_dim(head_dim), itemsize) <= shared_memory(capability)
+            assert tile_bytes(block, row_operands, operand_side(head_dim), itemsize) <= shared_memory(capability)
     assert shared_memory(8.9) == shared_memory(12.0) == 101_376
 
 

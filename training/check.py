@@ -99,6 +99,10 @@ def _check_attention(model: ModelConfig, separate_documents: bool) -> None:
         raise ConfigError(f"--model.rate must be below 1, got {model.rate}")
     if "hash" in kinds and (model.buckets < 2 or model.buckets % 2):
         raise ConfigError(f"--model.buckets must be even and at least 2, got {model.buckets}")
+    if "hash" in kinds and model.centred and separate_documents:
+        raise ConfigError(
+            "--model.centred centres across documents; leave it out, or leave out --data.separate-documents"
+        )
     if "dense" in model.attention and model.dense_backend != "sparse_flash" and separate_documents:
         raise ConfigError(
             f"--model.dense-backend {model.dense_backend} cannot keep documents apart; leave it out, or leave out"

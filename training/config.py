@@ -62,7 +62,7 @@ class ModelConfig:
     buckets: Annotated[int, alias(aliases=["--buckets"])] = 16
     """hash: number of buckets (even)."""
     centred: Annotated[bool, alias(aliases=["--centred"])] = False
-    """hash: hash what vectors are off their mean so far. Buckets are then alike in size, and the step is faster."""
+    """hash: hash vectors minus their running mean, which evens buckets out. Not with --data.separate-documents."""
     shared_qk: bool = True
     """Project q and v only; a key is its query, normalised per head. In all layers, so that kinds compare fairly."""
     shared_scale: float | None = None

@@ -64,7 +64,7 @@ class Hash:
         num_buckets: even.
         exclude_self: whether a token does not see itself; the first token of a bucket then outputs 0.
         window: tokens back that a query sees, itself included; None for all.
-        centred: whether to hash what vectors are off their mean so far, which evens buckets out: see `lsh_buckets`.
+        centred: whether to hash vectors minus their running mean, which evens buckets out: see `lsh_buckets`.
     """
 
     num_buckets: int
@@ -89,16 +89,18 @@ class Hash:
 
         Args:
             q: queries [B T N H].
-            k: keys [B S K H]; give q itself where keys are queries up to their length, to hash once.
+            k: keys [B S K H]; give q itself where keys are its vectors normalised, to hash once.
             key: PRNG key of the rotations.
             segment_ids: documents [B T]; buckets then do not cross them.
             scores: not used.
 
         Raises:
-            ValueError: if there is no key.
+            ValueError: if there is no key, or if documents are to be centred, whose means would go across them.
         """
         if key is None:
             raise ValueError(f"{self} draws random rotations: pass key=jax.random.key(...), a fresh one each step.")
+        if self.centred and segment_ids is not None:
+            raise ValueError(f"{self} centres whole rows, across documents; leave out segment_ids, or centred.")
         query_bucket, key_bucket = hash_sides(q, k, self.num_buckets, key, centred=self.centred)
         document = () if segment_ids is None else (segment_ids[..., None],)
         return make_plan(

@@ -98,7 +98,7 @@ def triton_config(dtype: Any, head_dim: int, *, long_runs: bool, capability: flo
         long_runs: whether a run spans many tiles.
         capability: compute capability of the GPU.
     """
-    itemsize, head_dim = jnp.dtype(dtype).itemsize, triton_head_dim(head_dim)
+    itemsize, head_dim = jnp.dtype(dtype).itemsize, operand_side(head_dim)
     if itemsize == 4 or head_dim > 128:
         small = Blocks(rows=32, columns=16 if itemsize * head_dim > 512 else 32, num_warps=4, num_stages=2)
         tiles = (small, small, small)
@@ -116,13 +116,13 @@ def triton_config(dtype: Any, head_dim: int, *, long_runs: bool, capability: flo
     return Config(forward=forward, dq=dq, dkv=dkv)
 
 
-def triton_head_dim(head_dim: int) -> int:
-    """Returns the head dim that the Triton kernels run at: a power of two, for that backend."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+def operand_side(size: int) -> int:
+    """Returns the side that an operand of a product has in Triton, the head dim for one: a power of two, from 16 on."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def mosaic_config(head_dim: int, *, long_runs: bool) -> Config[HopperBlocks]:
-    """Returns tiles for the Hopper kernels: those that were fastest on an H100 (benchmarks/notes.md) and spill nothing.
+    """Returns tiles for the Hopper kernels: those fastest on an H100 (benchmarks/notes.md) that spill nothing in loops.
 
     Args:
         head_dim: H.

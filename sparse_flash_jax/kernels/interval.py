@@ -29,6 +29,9 @@ from sparse_flash_jax.permute import Permutation
 RESIDUAL_NAMES = ("sparse_attention_o", "sparse_attention_lse")
 """`checkpoint_name`s of o and lse: a remat policy that saves them does not run the forward kernel twice."""
 
+ROWS_NAME = "sparse_attention_rows"
+"""`checkpoint_name` of q, k and v by slot: a remat policy that saves them, too, does not move them twice."""
+
 
 def interval_attention(
     q: Float[Array, "B N T H"],
@@ -125,14 +128,18 @@ def _forward(q, k, v, runs, orders, scale, implementation, config):
     else:
         rows = row_kernels(implementation, interpret=config.interpret)
         q, k, v = _to_slots((q, k, v), (orders[0], orders[1], orders[1]), rows, whole_slots(implementation))
+        q, k, v = (checkpoint_name(x, ROWS_NAME) for x in (q, k, v))
         order = order_to_write(implementation, config, orders[0])
         o, lse = _attend(q, k, v, _extended(runs, q, k), order, scale, implementation, config)
-        (o,), lse = _to_positions((o,), orders[:1], (order,), rows), lse[..., : runs.k_start.shape[2]]
+        if order is None:
+            (o,) = _to_positions((o,), orders[:1], rows)
+        lse = lse[..., : runs.k_start.shape[2]]
     o, lse = (checkpoint_name(x, name) for x, name in zip((o, lse), RESIDUAL_NAMES, strict=True))
     return (o, lse), (q, k, v, runs, orders, o, lse)
 
 
 _to_slots = jax.jit(to_slots, static_argnums=(2, 3))
+_to_positions = jax.jit(to_positions, static_argnums=2)
 
 
 def _extended(runs: Runs, q: Float[Array, "B N T H"], k: Float[Array, "B K S H"]) -> Runs:
@@ -141,15 +148,6 @@ def _extended(runs: Runs, q: Float[Array, "B N T H"], k: Float[Array, "B K S H"]
     extend = lambda x, end, rows: jnp.concatenate([x, past(end, rows)], axis=2)
     of_queries = (extend(x, runs.k_stop, q) for x in (runs.k_start, runs.k_stop))
     return Runs(*of_queries, *(extend(x, runs.q_stop, k) for x in (runs.q_start, runs.q_stop)))
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _to_positions(xs, sides, written, rows):
-    """Returns rows by position, where no kernel has written them so by an order."""
-    left = [i for i, order in enumerate(written) if order is None]
-    moved = to_positions([xs[i] for i in left], [sides[i] for i in left], rows)
-    restored = dict(zip(left, moved, strict=True))
-    return [restored.get(i, x) for i, x in enumerate(xs)]
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7))
@@ -171,17 +169,17 @@ def _backward(scale, implementation, config, residuals, cotangents):
     # d lse / d s is p, as is d o / d s up to the row's mean, so lse's cotangent joins delta.
     delta = delta - dlse
     kernels, operands = kernels_of(implementation), (q, k, v, runs, lse, do, delta)
-    by_query = by_key = None
+    written = (None, None)
+    if orders is not None and not config.fused:
+        written = tuple(order_to_write(implementation, config, side) for side in orders)
+        written = (None, None) if None in written else written
     if config.fused:
         dq, dk, dv = kernels.backward(*operands, scale=scale, config=config)
     else:
-        if orders is not None:
-            by_query, by_key = (order_to_write(implementation, config, side) for side in orders)
-        dq = kernels.backward_dq(*operands, scale=scale, config=config, **_given(by_query))
-        dk, dv = kernels.backward_dkv(*operands, scale=scale, config=config, **_given(by_key))
-    if orders is not None:
-        sides, written = (orders[0], orders[1], orders[1]), (by_query, by_key, by_key)
-        dq, dk, dv = _to_positions((dq, dk, dv), sides, written, rows)
+        dq = kernels.backward_dq(*operands, scale=scale, config=config, **_given(written[0]))
+        dk, dv = kernels.backward_dkv(*operands, scale=scale, config=config, **_given(written[1]))
+    if orders is not None and written == (None, None):
+        dq, dk, dv = to_positions((dq, dk, dv), (orders[0], orders[1], orders[1]), rows)
     return dq, dk, dv, None, None
 
 

@@ -15,17 +15,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Float32, Int32
 
+from sparse_flash_jax.kernels.config import operand_side
 from sparse_flash_jax.kernels.triton.launch import triton_call
 
 ROWS = 128  # positions of a program
 _WARPS = 8
 _BLOCK = 64  # of the head dim, at a time in registers
-_SMALLEST = 16  # side of a product's operands
 
 
 def hash_rows(
     x: Float[Array, "B T N H"],
-    rotation: Float32[Array, "K H directions"],
+    rotation: Float32[Array, "K H R"],
     *,
     centred: bool = False,
     interpret: bool = False,
@@ -34,8 +34,8 @@ def hash_rows(
 
     Args:
         x: vectors.
-        rotation: half as many directions as there are buckets; K divides N.
-        centred: whether to hash what each vector is off the mean so far.
+        rotation: R directions, half as many as there are buckets; K divides N.
+        centred: whether to hash each vector minus the running mean of those up to it.
         interpret: whether to run in Pallas' interpreter.
     """
     batch, length, heads, _ = x.shape
@@ -61,7 +61,8 @@ def _sums_before(x: Float[Array, "B T N H"], rotation: Float32[Array, "K H R"]) 
     by_rotation = sums.reshape(batch, -1, len(rotation), heads // len(rotation), head_dim)
     projected = jnp.einsum("bckgh,khr->bckgr", by_rotation, rotation, precision=lax.Precision.HIGHEST)
     projected = projected.reshape(batch, -1, heads, rotation.shape[2])
-    return jnp.cumsum(projected, axis=1) - projected
+    # Shifted, not less their own: not even by rounding may a vector matter to those before it.
+    return jnp.pad(jnp.cumsum(projected, axis=1)[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
 
 
 def _hash(x_ref, rotation_ref, *refs, group: int):
@@ -70,7 +71,7 @@ def _hash(x_ref, rotation_ref, *refs, group: int):
     n, chunk, b = (pl.program_id(axis) for axis in range(3))
     _, length, _, head_dim = x_ref.shape
     directions = rotation_ref.shape[2]
-    block, columns = min(_BLOCK, _operand_side(head_dim)), _operand_side(directions)
+    block, columns = min(_BLOCK, operand_side(head_dim)), operand_side(directions)
     row, i = (lax.broadcasted_iota(jnp.int32, (ROWS, block), axis) for axis in (0, 1))
     j, column = (lax.broadcasted_iota(jnp.int32, (block, columns), axis) for axis in (0, 1))
 
@@ -108,8 +109,3 @@ def _product(x: Array, rotation: Array) -> Array:
         total += lax.dot(x, part, preferred_element_type=jnp.float32)
         rotation -= part.astype(jnp.float32)
     return total
-
-
-def _operand_side(size: int) -> int:
-    """The power of two that holds a size, and is enough for a product."""
-    return max(_SMALLEST, 1 << (size - 1).bit_length())

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Int32
 
-from sparse_flash_jax.kernels.config import Blocks, Config, triton_head_dim
+from sparse_flash_jax.kernels.config import Blocks, Config, operand_side
 from sparse_flash_jax.kernels.padding import pad, pad_bounds, padded_shape
 from sparse_flash_jax.kernels.tiles import TileRange, tile_range
 
@@ -64,7 +64,7 @@ def launch(
             tiles=tiles,
             precision=_precision(rows[0].dtype, config),
         ),
-        [jax.ShapeDtypeStruct(padded_shape(x.shape, block.rows, triton_head_dim), x.dtype) for x in outputs],
+        [jax.ShapeDtypeStruct(padded_shape(x.shape, block.rows, operand_side), x.dtype) for x in outputs],
         like=rows[0],
         grid=(batch * row_heads * tiles,),
         num_warps=block.num_warps,
@@ -72,8 +72,8 @@ def launch(
         interpret=config.interpret,
         name=name,
     )
-    rows = [pad(x, block.rows, triton_head_dim) for x in rows]
-    columns = [pad(x, block.columns, triton_head_dim) for x in columns]
+    rows = [pad(x, block.rows, operand_side) for x in rows]
+    columns = [pad(x, block.columns, operand_side) for x in columns]
     padded = call(order, start, stop, *rows, *columns)
     return [lax.slice(x, (0,) * x.ndim, like.shape) for x, like in zip(padded, outputs, strict=True)]
 

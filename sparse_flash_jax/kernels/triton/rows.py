@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Float32
 
-from sparse_flash_jax.kernels.config import triton_head_dim
+from sparse_flash_jax.kernels.config import operand_side
 from sparse_flash_jax.kernels.triton.launch import triton_call
 from sparse_flash_jax.permute import Permutation
 
@@ -95,7 +95,7 @@ class _Rows:
         first = (t < ROWS) & (n < own_heads)
         pasts = [t + past for past in range(capacity, by_slot.shape[2], ROWS)]
         self.unused = [(past, first & (past < by_slot.shape[2])) for past in pasts]
-        tile = (ROWS, triton_head_dim(head_dim))
+        tile = (ROWS, operand_side(head_dim))
         column = lax.broadcasted_iota(jnp.int32, tile, 1)
         wide = lambda x: jnp.broadcast_to(x[:, None], tile)
         within = lambda rows: wide(rows) if tile[1] == head_dim else wide(rows) & (column < head_dim)
