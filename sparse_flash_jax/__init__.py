@@ -12,9 +12,9 @@ from sparse_flash_jax.patterns import packed as packed
 from sparse_flash_jax.patterns import qk_sparse as qk_sparse
 from sparse_flash_jax.patterns import random_keep as random_keep
 from sparse_flash_jax.patterns import top_keep as top_keep
-from sparse_flash_jax.plan import PLAN_NAME as PLAN_NAME
 from sparse_flash_jax.plan import AttentionPlan as AttentionPlan
-from sparse_flash_jax.plan import make_plan as make_plan
+from sparse_flash_jax.planning import PLAN_NAME as PLAN_NAME
+from sparse_flash_jax.planning import make_plan as make_plan
 from sparse_flash_jax.reference import reference_attention as reference_attention
 from sparse_flash_jax.stats import PlanStats as PlanStats
 from sparse_flash_jax.time_share import TimeShare as TimeShare

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
-from sparse_flash_jax.plan import AttentionPlan, make_plan, plan_sides
+from sparse_flash_jax.plan import AttentionPlan
+from sparse_flash_jax.planning import make_plan, plan_sides
 from sparse_flash_jax.rule import Rule
 from sparse_flash_jax.selection import best
 from sparse_flash_jax.validation import FLOAT_DTYPES, at_least, check_array, positive_int

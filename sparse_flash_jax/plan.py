@@ -1,34 +1,19 @@
-"""What is visible, as a sort: tokens ordered by (group, position), after which each query sees one run of keys.
+"""What is visible, as a plan: two orders of tokens, and between them one run of keys for each query.
 
-Decides order, capacity and run bounds. Leaves it to patterns.py to say what the groups mean, to permute.py to move
-rows, and to the kernels to compute over runs. Everything here is integer work inside `jit`, linear in memory.
+How a plan is made is told in planning.py; permute.py moves rows by its orders, and the kernels compute over its runs.
 """
 
-import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float32, Int32
 
-from sparse_flash_jax.kernels.implementations import counting_kernels
 from sparse_flash_jax.kernels.tiles import Runs
-from sparse_flash_jax.manual_axes import vary_alike
 from sparse_flash_jax.permute import Permutation
-from sparse_flash_jax.rule import Rule
-from sparse_flash_jax.sorting import SortedTokens, count_below, largest_group, sort_tokens
 from sparse_flash_jax.stats import PlanStats, plan_stats
-from sparse_flash_jax.validation import check_num_buckets, check_offset, check_sides, positive_int
-
-PLAN_NAME = "sparse_attention_plan"
-"""`checkpoint_name` of a plan's arrays: a remat policy that saves it does not sort again in the backward pass."""
-
-
-_MOST_COUNTED = 256  # buckets up to which the kernels that count are tested
+from sparse_flash_jax.validation import positive_int
 
 
 class AttentionPlan(NamedTuple):
@@ -159,239 +144,8 @@ class AttentionPlan(NamedTuple):
         )
 
 
-def make_plan(
-    *,
-    query_group: Int32[Array, "#B T #N"] | tuple[Int32[Array, "#B T #N"], ...] | None = None,
-    key_group: Int32[Array, "#B S #K"] | tuple[Int32[Array, "#B S #K"], ...] | None = None,
-    query_keep: Bool[Array, "#B T #N"] | None = None,
-    key_keep: Bool[Array, "#B S #K"] | None = None,
-    causal: bool = True,
-    exclude_self: bool = False,
-    window: int | None = None,
-    query_offset: int | Int32[Array, ""] = 0,
-    query_capacity: int | None = None,
-    key_capacity: int | None = None,
-    num_buckets: int | None = None,
-) -> AttentionPlan:
-    """Plans attention in which query i sees key j where all of these hold.
-
-    - both are kept, and their groups are equal;
-    - `i + query_offset >= j` if `causal`, or `>` with `exclude_self`;
-    - `i + query_offset - j < window` if a window is given. With `causal=False` this bounds the past alone.
-
-    Args:
-        query_group: int32 [B|1 T N|1], any values; or a tuple of several, of which all must be equal (a document and
-            a bucket, say). None with `key_group` None: all in one group.
-        key_group: int32 [B|1 S K|1], or a tuple of as many.
-        query_keep: bool [B|1 T N|1]; a dropped query outputs 0. None: all are kept.
-        key_keep: bool [B|1 S K|1]; a dropped key is seen by nobody. None: all are kept.
-        causal: whether a query sees no later key.
-        exclude_self: whether a query also does not see the key of its own position.
-        window: positions that a query looks back, its own included.
-        query_offset: position of the first query among the keys, as a KV cache needs; may be traced. At most
-            2**30 in size.
-        query_capacity: most queries that any head keeps; shortens the sorted sequence to this static length.
-        key_capacity: most keys that any head keeps.
-        num_buckets: says that group ids, one array a side, are in [0, num_buckets); static. NVIDIA GPUs then plan by
-            counting: the same plan in a small part of the time that sorting takes. They do so without groups, too. That
-            is for up to 256 buckets, and neither window, offset nor, with several buckets, capacities; else they sort.
-
-    Returns:
-        The plan. Axes of size 1 stay and stand for any size.
-
-    Raises:
-        TypeError: if groups are not int32 or keeps not bool.
-        ValueError: if shapes, head counts or options do not fit one another, or if, outside `jit`, a head keeps more
-            than its capacity or a group id is not in [0, num_buckets). Inside `jit` tokens of such ids are dropped, and
-            so are the latest that do not fit, which `plan.overflow` counts.
-    """
-    query_groups, key_groups = (
-        () if x is None else tuple(x) if isinstance(x, tuple | list) else (x,) for x in (query_group, key_group)
-    )
-    check_sides(query_groups, query_keep, key_groups, key_keep)
-    check_num_buckets(num_buckets, query_groups, key_groups)
-    query_length, key_length = (
-        jax.tree.leaves(side)[0].shape[1] for side in ((query_groups, query_keep), (key_groups, key_keep))
-    )
-    of_both = zip((*query_groups, query_keep), (*key_groups, key_keep), strict=True)
-    shared = query_capacity == key_capacity and all(x is y for x, y in of_both)
-    # Plans are laid out [B A L].
-    sides = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), (query_groups, query_keep, key_groups, key_keep))
-    return plan_sides(
-        *sides,
-        lengths=(query_length, key_length),
-        rule=Rule(causal, exclude_self, window),
-        query_offset=query_offset,
-        capacities=(query_capacity, key_capacity),
-        num_buckets=num_buckets,
-        shared=shared,
-    )
-
-
-def plan_sides(
-    query_groups: tuple[Int32[Array, "#B #N T"], ...],
-    query_keep: Bool[Array, "#B #N T"] | None,
-    key_groups: tuple[Int32[Array, "#B #K S"], ...],
-    key_keep: Bool[Array, "#B #K S"] | None,
-    *,
-    lengths: tuple[int, int],
-    rule: Rule,
-    query_offset: int | Int32[Array, ""],
-    capacities: tuple[int | None, int | None],
-    num_buckets: int | None = None,
-    shared: bool = False,
-) -> AttentionPlan:
-    """`make_plan` on checked arrays; with no groups and no keeps, one group in which nothing is dropped.
-
-    `shared` says that both sides are the same arrays, so that one is planned for both.
-    """
-    check_offset(query_offset)
-    for name, capacity in zip(("query_capacity", "key_capacity"), capacities, strict=True):
-        if capacity is not None:
-            positive_int(name, capacity)
-    if num_buckets is not None:
-        query_keep = _keep_in_buckets("query", query_groups[0], query_keep, num_buckets)
-        key_keep = query_keep if shared else _keep_in_buckets("key", key_groups[0], key_keep, num_buckets)
-    slots = tuple(x if c is None else min(c, x) for x, c in zip(lengths, capacities, strict=True))
-    count_tokens = None
-    dropping = query_keep is not None and key_keep is not None  # always, where buckets are known
-    if dropping and _can_count(num_buckets if query_groups else 1, rule, query_offset, cut=slots != lengths):
-        count_tokens = counting_kernels()
-    queries, keys = (query_groups, query_keep), None if shared else (key_groups, key_keep)
-    # Past these an offset shows or hides everything; clipped, no position plus offset leaves int32.
-    farthest = lengths[1] + rule.reach
-    offset = jnp.clip(jnp.asarray(query_offset, jnp.int32), -lengths[0], farthest)
-    plan = _plan(
-        queries,
-        keys,
-        offset,
-        count_tokens=count_tokens,
-        lengths=lengths,
-        rule=rule,
-        slots=slots,
-        num_buckets=num_buckets,
-    )
-    for side, overflow, capacity in zip(
-        ("query", "key"), (plan.query_overflow, plan.key_overflow), capacities, strict=True
-    ):
-        if capacity is not None and not isinstance(overflow, Tracer):
-            _raise_on_overflow(side, np.asarray(overflow), capacity)
-    return plan
-
-
-def _can_count(buckets: int | None, rule: Rule, query_offset: int | Array, *, cut: bool) -> bool:
-    """Returns whether counting makes the plan. `cut`: some tokens may get no slot."""
-    same_positions = isinstance(query_offset, int) and query_offset == 0
-    # The latest tokens do not fit: which ones they are, counts by bucket do not say of several.
-    countable = buckets is not None and buckets <= _MOST_COUNTED and (buckets == 1 or not cut)
-    return countable and same_positions and rule.window is None
-
-
-@functools.partial(jax.jit, static_argnames=("count_tokens", "lengths", "rule", "slots", "num_buckets"))
-def _plan(queries, keys, query_offset, *, count_tokens, lengths, rule, slots, num_buckets) -> AttentionPlan:
-    options = {"rule": rule, "slots": slots, "num_buckets": num_buckets}
-    by_sorting = functools.partial(_plan_by_sorting, lengths=lengths, **options)
-    if count_tokens is None:
-        plan = by_sorting(queries, keys, query_offset)
-    else:
-        by_counting = functools.partial(_plan_by_counting, count_tokens=count_tokens, **options)
-        # A GPU's host may plan on its CPU, too. The ways must agree in the mesh axes that their outputs vary over.
-        operands = vary_alike((queries, keys, query_offset))
-        plan = lax.platform_dependent(*operands, cuda=by_counting, default=by_sorting)
-    return jax.tree.map(lambda x: checkpoint_name(x, PLAN_NAME), plan)
-
-
-def _plan_by_counting(queries, keys, _query_offset, *, count_tokens, rule, slots, num_buckets) -> AttentionPlan:
-    groups, _ = queries
-    buckets = num_buckets if groups else 1
-    query_bucket = _bucket_if_kept(queries, buckets)
-    key_bucket = query_bucket if keys is None else _bucket_if_kept(keys, buckets)
-    queries, keys, runs = count_tokens(
-        query_bucket, key_bucket, buckets, slots=slots, causal=rule.causal, exclude_self=rule.exclude_self
-    )
-    return AttentionPlan(
-        queries.order,
-        queries.slot,
-        keys.order,
-        keys.slot,
-        runs,
-        queries.overflow,
-        keys.overflow,
-        keys.kept,
-        keys.largest if groups else None,
-    )
-
-
-def _bucket_if_kept(side: tuple[tuple[Array, ...], Array], buckets: int) -> Int32[Array, "B A L"]:
-    """Returns each token's bucket: 0 where a side has no groups, `buckets` if the token is dropped."""
-    groups, keep = side
-    return jnp.where(keep, groups[0] if groups else jnp.int32(0), jnp.int32(buckets))
-
-
-def _plan_by_sorting(query_side, key_side, query_offset, *, lengths, rule, slots, num_buckets) -> AttentionPlan:
-    query_groups, query_keep = query_side
-    queries = keys = sort_tokens(query_groups, query_keep, lengths[0], slots[0], num_buckets)
-    if key_side is not None:
-        key_groups, key_keep = key_side
-        keys = sort_tokens(key_groups, key_keep, lengths[1], slots[1], num_buckets)
-    heads = max(queries.num_kept.shape[1], keys.num_kept.shape[1])
-    k_start, k_stop = _runs(queries, keys, rule.keys_seen(queries.position + query_offset, lengths[1]), heads)
-    q_start, q_stop = _runs(keys, queries, rule.queries_seeing(keys.position - query_offset, lengths[0]), heads)
-    return AttentionPlan(
-        queries.order,
-        queries.slot,
-        keys.order,
-        keys.slot,
-        Runs(k_start, k_stop, q_start, q_stop),
-        queries.overflow,
-        keys.overflow,
-        keys.num_kept,
-        largest_group(keys) if keys.groups else None,
-    )
-
-
 def _permutation(order: Array | None, slot: Array | None) -> Permutation | None:
     return None if order is None or slot is None else Permutation(order, slot)
-
-
-def _runs(
-    rows: SortedTokens,
-    columns: SortedTokens,
-    bounds: tuple[Int32[Array, "#B #A C"], Int32[Array, "#B #A C"]],
-    heads: int,
-) -> tuple[Int32[Array, "_B N C"], Int32[Array, "_B N C"]]:
-    """Slots of the columns that each row sees, where it sees the positions between the bounds of its own group."""
-    rows, columns = (jax.tree.map(lambda x: repeat_heads(x, heads), side) for side in (rows, columns))
-    lower, upper = (repeat_heads(x, heads) for x in bounds)
-    start = count_below(columns, rows.groups, lower)
-    stop = jnp.maximum(start, count_below(columns, rows.groups, upper))
-    # Dropped rows come last: an empty run behind the kept columns keeps the bounds monotone.
-    kept, end = rows.kept(), columns.num_kept[..., None]
-    return jnp.where(kept, start, end), jnp.where(kept, stop, end)
-
-
-def _keep_in_buckets(
-    side: str, bucket: Int32[Array, "#B #A L"], keep: Bool[Array, "#B #A L"] | None, num_buckets: int
-) -> Bool[Array, "_B _A L"]:
-    """Returns which tokens are kept and in a bucket that there is."""
-    inside = (bucket >= 0) & (bucket < num_buckets)
-    if not isinstance(inside, Tracer) and not inside.all():
-        raise ValueError(
-            f"{side}_group must be in [0, num_buckets={num_buckets}), got ids from {bucket.min()} to {bucket.max()}."
-        )
-    return inside if keep is None else inside & keep
-
-
-def _raise_on_overflow(side: str, overflow: np.ndarray, capacity: int) -> None:
-    if not overflow.any():
-        return
-    batch, head = np.unravel_index(int(np.argmax(overflow)), overflow.shape)
-    raise ValueError(
-        f"{side}_capacity={capacity} is too small: head {head} of batch entry {batch} keeps "
-        f"{capacity + overflow[batch, head]} {'queries' if side == 'query' else 'keys'} "
-        f"({np.count_nonzero(overflow)} of {overflow.size} heads keep too many). "
-        f"Raise {side}_capacity, or keep fewer tokens; random_keep and top_keep keep exact counts."
-    )
 
 
 def repeat_heads(x: Array, heads: int) -> Array:

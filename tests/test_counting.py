@@ -97,7 +97,7 @@ def asked(monkeypatch):
         asked.append(count_tokens)
         return functools.partial(count_tokens, interpret=True)
 
-    monkeypatch.setattr("sparse_flash_jax.plan.counting_kernels", kernels)
+    monkeypatch.setattr("sparse_flash_jax.planning.counting_kernels", kernels)
     monkeypatch.setattr("jax.lax.platform_dependent", lambda *operands, cuda, default: cuda(*operands))
     return asked
 
@@ -269,7 +269,7 @@ def test_vmap(asked):
 
 def test_lowers_for_cuda_under_shard_map(monkeypatch):
     """Over batch entries, where the keys' ids are the same everywhere. (The interpreter knows no mesh axes.)"""
-    monkeypatch.setattr("sparse_flash_jax.plan.counting_kernels", lambda: count_tokens)
+    monkeypatch.setattr("sparse_flash_jax.planning.counting_kernels", lambda: count_tokens)
     mesh = mesh_of("NVIDIA H100 80GB HBM3")
     spec, ids = PartitionSpec("data"), jnp.zeros((jax.device_count(), 300, 2), jnp.int32)
     plan = lambda query, key: sfj.hash_sparse(query, key, num_buckets=8).runs
@@ -279,7 +279,7 @@ def test_lowers_for_cuda_under_shard_map(monkeypatch):
 
 
 def test_a_gpus_host_plans_on_its_cpu(monkeypatch):
-    monkeypatch.setattr("sparse_flash_jax.plan.counting_kernels", lambda: count_tokens)
+    monkeypatch.setattr("sparse_flash_jax.planning.counting_kernels", lambda: count_tokens)
     ids, _ = sides(Shape(B=1, T=300, N=2, H=1), 8, 0.0)
     plan = jax.jit(lambda query, key: sfj.hash_sparse(query, key, num_buckets=8))
     jax.tree.map(np.testing.assert_array_equal, plan(*ids), sfj.hash_sparse(ids[0], ids[1]))
@@ -298,7 +298,7 @@ def test_dropping_is_vmapped(asked):
 @pytest.mark.parametrize("kind", GPUS)
 def test_dropping_lowers_for_cuda(monkeypatch, kind):
     """Without a sort, where a GPU is lowered for."""
-    monkeypatch.setattr("sparse_flash_jax.plan.counting_kernels", lambda: count_tokens)
+    monkeypatch.setattr("sparse_flash_jax.planning.counting_kernels", lambda: count_tokens)
     _, keep = sides(Shape(B=2, T=300, N=2, H=1), 1, 0.3)
     plan = lambda query, key: sfj.qk_sparse(query, key, query_capacity=210, key_capacity=220)
     with on(kind):

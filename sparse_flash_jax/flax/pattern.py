@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from sparse_flash_jax.hashing import hash_sides
 from sparse_flash_jax.patterns import causal, packed, random_keep, top_keep
-from sparse_flash_jax.plan import AttentionPlan, make_plan
+from sparse_flash_jax.plan import AttentionPlan
+from sparse_flash_jax.planning import make_plan
 
 
 class KeepScores(NamedTuple):
