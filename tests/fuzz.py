@@ -58,6 +58,7 @@ class Limits(NamedTuple):
 
 
 LIMITS = {"cpu": Limits(200, 40, 2, 3), "gpu": Limits(1500, 256, 4, 4)}
+MOST_BUCKETS = 128
 HEAD_DIMS = (16, 32, 48, 64, 80, 96, 128, 192, 256)  # those that models have
 
 
@@ -72,6 +73,8 @@ class Form(NamedTuple):
     """Names of keep masks."""
     narrow: tuple[tuple[str, int | None, int | None], ...]
     """Arrays by name, and how many batch entries and heads of them are left: 1, or None for all."""
+    offset: bool
+    """Whether cases may have an offset; without one, GPUs count known buckets, and tokens that are but dropped."""
     scale: float | None
     tiles: Config | None
 
@@ -91,6 +94,8 @@ def draw_form(seed: int, number: int, device: str) -> Form:
         # A quarter past the length, where they should do nothing.
         lengths = (shape.T, shape.keys)
         capacities = tuple(int(rng.integers(1, n * 5 // 4 + 2)) if rng.random() < 0.25 else None for n in lengths)
+    offset = rng.random() < 0.5
+    known = groups == ("buckets",) and rng.random() < 0.5
     window = _pick(rng, None, None, int(rng.integers(1, 20)), int(rng.integers(1, shape.keys + 2)), 2**40)
     pattern = Pattern(
         f"seed{seed}",
@@ -99,6 +104,7 @@ def draw_form(seed: int, number: int, device: str) -> Form:
         window=window,
         query_capacity=capacities[0],
         key_capacity=capacities[1],
+        num_buckets=MOST_BUCKETS if known else None,
     )
     names = ("query_group", "key_group", "query_keep", "key_keep")
     narrow = tuple((name, _pick(rng, None, None, None, 1), _pick(rng, None, None, None, 1)) for name in names)
@@ -108,15 +114,15 @@ def draw_form(seed: int, number: int, device: str) -> Form:
         if device == "cpu" and rng.random() < 0.5
         else None
     )
-    return Form(Case(shape, pattern, dtype), groups, keeps, narrow, scale, tiles)
+    return Form(Case(shape, pattern, dtype), groups, keeps, narrow, offset, scale, tiles)
 
 
 def draw_case(seed: int, index: int, form: Form) -> Case:
     """A case of the form, with arrays and an offset of its own."""
     rng, shape, pattern = np.random.default_rng([seed, index, 1]), form.case.shape, form.case.pattern
     near = int(rng.integers(-shape.T, shape.keys + 1))
-    offset = _pick(rng, 0, 0, 0, shape.keys - shape.T, near, near, FARTHEST, -FARTHEST)
-    skews = {"documents": lambda: cases.documents, "buckets": lambda: _draw_skew(rng)}
+    offset = _pick(rng, 0, shape.keys - shape.T, near, near, FARTHEST, -FARTHEST) if form.offset else 0
+    skews = {"documents": lambda: cases.documents, "buckets": lambda: _draw_skew(rng, pattern.num_buckets is not None)}
     groups = [skews[kind]() for kind in form.groups]
     kept = cases.kept(*(_pick(rng, 1.0, float(rng.random()), float(rng.random()), 0.0) for _ in range(2)))
 
@@ -157,11 +163,12 @@ def _draw_blocks(rng: np.random.Generator) -> Blocks:
     return Blocks(*(int(rng.choice([16, 32, 64])) for _ in range(2)))
 
 
-def _draw_skew(rng: np.random.Generator) -> Callable[[np.random.Generator, Shape], Arrays]:
-    """A way to draw bucket ids."""
-    count = int(2 ** rng.uniform(0, 7))
+def _draw_skew(rng: np.random.Generator, known: bool) -> Callable[[np.random.Generator, Shape], Arrays]:
+    """A way to draw bucket ids; known ones are in [0, MOST_BUCKETS)."""
+    count = int(2 ** rng.uniform(0, math.log2(MOST_BUCKETS)))
     usual = (cases.buckets(count), cases.half_in_one(count), zipf(count))
-    return _pick(rng, *usual, *usual, cases.own_bucket, cases.one_sided, cases.extreme_ids)
+    any_ids = () if known else (cases.own_bucket, cases.one_sided, cases.extreme_ids)
+    return _pick(rng, *usual, *usual, *any_ids)
 
 
 def zipf(count: int) -> Callable[[np.random.Generator, Shape], Arrays]:
@@ -195,7 +202,8 @@ def _compiled(function: Callable, device: str, statics: int, form: Form) -> Call
 
 def _plan(form: Form, arrays: Arrays, offset: jax.Array) -> sfj.AttentionPlan:
     """Compiled with the offset unknown, so that tokens beyond a capacity are dropped and nothing is raised."""
-    traced = dataclasses.replace(form.case.pattern, arrays=lambda *_: arrays, query_offset=offset)
+    start = offset if form.offset else 0
+    traced = dataclasses.replace(form.case.pattern, arrays=lambda *_: arrays, query_offset=start)
     return dataclasses.replace(form.case, pattern=traced).plan()
 
 
