@@ -21,6 +21,7 @@ from sparse_flash_jax.kernels.implementations import (
     pick_implementation,
     whole_slots,
 )
+from sparse_flash_jax.kernels.padding import extend_bounds
 from sparse_flash_jax.kernels.rows import row_kernels, sum_of_products, to_positions, to_slots, to_slots_with_delta
 from sparse_flash_jax.kernels.tiles import Runs
 from sparse_flash_jax.manual_axes import vary_alike
@@ -144,10 +145,8 @@ _to_positions = jax.jit(to_positions, static_argnums=2)
 
 def _extended(runs: Runs, q: Float[Array, "B N T H"], k: Float[Array, "B K S H"]) -> Runs:
     """Returns runs for as many slots as there are rows; those past the last see nothing."""
-    past = lambda x, rows: jnp.broadcast_to(x[..., -1:], (*x.shape[:2], rows.shape[2] - x.shape[2]))
-    extend = lambda x, end, rows: jnp.concatenate([x, past(end, rows)], axis=2)
-    of_queries = (extend(x, runs.k_stop, q) for x in (runs.k_start, runs.k_stop))
-    return Runs(*of_queries, *(extend(x, runs.q_stop, k) for x in (runs.q_start, runs.q_stop)))
+    of_queries = extend_bounds(runs.k_start, runs.k_stop, q.shape[2])
+    return Runs(*of_queries, *extend_bounds(runs.q_start, runs.q_stop, k.shape[2]))
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7))

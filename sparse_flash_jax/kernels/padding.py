@@ -18,6 +18,14 @@ def pad(x: Array, side: int, head_dim: Callable[[int], int]) -> Array:
     return jnp.pad(x, widths) if any(high for _, high in widths) else x
 
 
+def extend_bounds(
+    start: Int32[Array, "b a L"], stop: Int32[Array, "b a L"], length: int
+) -> tuple[Int32[Array, "b a M"], Int32[Array, "b a M"]]:
+    """Returns bounds of the runs of as many rows; those past the last see nothing."""
+    past = jnp.broadcast_to(stop[..., -1:], (*stop.shape[:2], length - stop.shape[2]))
+    return jnp.concatenate([start, past], axis=2), jnp.concatenate([stop, past], axis=2)
+
+
 def pad_bounds(bound: Int32[Array, "b a L"], side: int) -> Int32[Array, "b a M"]:
     """Returns bounds of runs padded with the last value again, so that they stay monotone."""
     return jnp.pad(bound, ((0, 0), (0, 0), (0, -bound.shape[2] % side)), mode="edge")

@@ -52,6 +52,7 @@ from sparse_flash_jax.kernels.mosaic.products import (
     spread_columns,
 )
 from sparse_flash_jax.kernels.mosaic.program import NARROW, WARPGROUP_ROWS, Program, Shapes
+from sparse_flash_jax.kernels.padding import extend_bounds
 from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, sweep
 
 
@@ -293,8 +294,7 @@ def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, config, order=None):
     start, stop = runs.q_start, runs.q_stop
     if "q" in parts:
         # Keys past the end must see nothing: what they add to dq would be infinity times zero where scores are low.
-        past = jnp.broadcast_to(stop[..., -1:], (*stop.shape[:2], -stop.shape[2] % WARPGROUP_ROWS))
-        start, stop = (jnp.concatenate([x, past], axis=2) for x in (start, stop))
+        start, stop = extend_bounds(start, stop, pl.cdiv(k.shape[2], WARPGROUP_ROWS) * WARPGROUP_ROWS)
     outputs = launch(
         functools.partial(_dkv_kernel, parts=parts),
         (start, stop),
