@@ -167,11 +167,17 @@ def test_kernels_that_write_by_position_lower_for_cuda(head_dim):
         assert "mosaic_gpu" in lowered(call, *operands)
 
 
+@pytest.fixture
+def hopper(monkeypatch):
+    """Kernels are chosen as on a Hopper GPU."""
+    device = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
+    monkeypatch.setattr(implementations, "_default_device", lambda: device)
+
+
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("capacity", [75, 500])
-def test_rows_by_kernels_are_not_padded_again(monkeypatch, capacity):
+def test_rows_by_kernels_are_not_padded_again(capacity):
     """Neither where fewer slots than positions are used, nor where slots are no multiple of a tile."""
-    hopper = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
-    monkeypatch.setattr(implementations, "_default_device", lambda: hopper)
     keep = jax.ShapeDtypeStruct((1, 500, 2), "bool")
     x = jax.ShapeDtypeStruct((1, 500, 2, 64), "bfloat16")
 
@@ -190,11 +196,10 @@ def causally(q, k, v, do, *_):
     return attended(q, k, v, do, sfj.causal(LENGTH))
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("how", ["vmap", "shard_map"])
 @pytest.mark.parametrize("attend", [hashed, causally])
-def test_transformed_calls_lower_for_cuda(monkeypatch, attend, how):
-    hopper = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
-    monkeypatch.setattr(implementations, "_default_device", lambda: hopper)
+def test_transformed_calls_lower_for_cuda(attend, how):
     operands = drawn("bfloat16")
     if how == "vmap":
         call, operands = jax.vmap(attend), [x.reshape(4, 2, *x.shape[1:]) for x in operands]
