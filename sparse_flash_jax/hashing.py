@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
-from sparse_flash_jax.kernels.implementations import hashing_kernel
-from sparse_flash_jax.manual_axes import vary_alike
+from sparse_flash_jax.kernels.implementations import by_platform, hashing_kernel
 from sparse_flash_jax.validation import FLOAT_DTYPES, check_array, positive_int
 
 
@@ -50,10 +49,8 @@ def lsh_buckets(
     hash_rows = hashing_kernel(num_buckets)
     if hash_rows is None:
         return _hash(x, rotation, centred=centred)
-    # A GPU's host may hash on its CPU, too. The ways must agree in the mesh axes that their outputs vary over.
-    operands = vary_alike((lax.stop_gradient(x), rotation))
-    cuda, default = (functools.partial(way, centred=centred) for way in (hash_rows, _hash))
-    return lax.platform_dependent(*operands, cuda=cuda, default=default)
+    by_kernel, by_xla = (functools.partial(way, centred=centred) for way in (hash_rows, _hash))
+    return by_platform(by_kernel, by_xla, lax.stop_gradient(x), rotation)
 
 
 def hash_sides(

@@ -9,14 +9,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Int32
 
-from sparse_flash_jax.kernels.implementations import counting_kernels
+from sparse_flash_jax.kernels.implementations import by_platform, counting_kernels
 from sparse_flash_jax.kernels.tiles import Runs
-from sparse_flash_jax.manual_axes import vary_alike
 from sparse_flash_jax.plan import AttentionPlan, repeat_heads
 from sparse_flash_jax.rule import Rule
 from sparse_flash_jax.sorting import SortedTokens, count_below, largest_group, sort_tokens
@@ -164,9 +162,7 @@ def _plan(queries, keys, query_offset, *, count_tokens, lengths, rule, slots, nu
         plan = by_sorting(queries, keys, query_offset)
     else:
         by_counting = functools.partial(_plan_by_counting, count_tokens=count_tokens, **options)
-        # A GPU's host may plan on its CPU, too. The ways must agree in the mesh axes that their outputs vary over.
-        operands = vary_alike((queries, keys, query_offset))
-        plan = lax.platform_dependent(*operands, cuda=by_counting, default=by_sorting)
+        plan = by_platform(by_counting, by_sorting, queries, keys, query_offset)
     return jax.tree.map(lambda x: checkpoint_name(x, PLAN_NAME), plan)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int32
 
 from sparse_flash_jax.kernels.config import (
@@ -26,6 +27,7 @@ from sparse_flash_jax.kernels.config import (
 )
 from sparse_flash_jax.kernels.tiles import Runs
 from sparse_flash_jax.kernels.tuned import tuned_config
+from sparse_flash_jax.manual_axes import vary_alike
 from sparse_flash_jax.permute import Permutation
 
 IMPLEMENTATIONS = ("mosaic", "triton", "xla")
@@ -107,6 +109,14 @@ def counting_kernels() -> Callable[..., Any] | None:
 def hashing_kernel(num_buckets: int) -> Callable[..., Any] | None:
     """Returns the kernel that hashes into so many buckets, or None where the default device or this JAX has none."""
     return _triton_kernel("hashing", "hash_rows") if num_buckets <= _MOST_HASHED else None
+
+
+def by_platform(cuda: Callable[..., Any], default: Callable[..., Any], *operands: Any) -> Any:
+    """Returns what `cuda` makes of the operands where this is compiled for an NVIDIA GPU, else what `default` does.
+
+    A GPU's host may compute on its CPU, too. Both ways must agree in the mesh axes that their outputs vary over.
+    """
+    return lax.platform_dependent(*vary_alike(operands), cuda=cuda, default=default)
 
 
 def _triton_kernel(module: str, name: str) -> Callable[..., Any] | None:
