@@ -7,8 +7,9 @@ python benchmarks/density.py --package    measures nothing: what results/density
 """
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from environment import environment, written
@@ -25,6 +26,9 @@ CPU_LENGTHS = (256, 512, 1024, 2048, 4096)
 PASSES = ("forward", "forward_backward")
 GPU_TOKENS = 32_768  # of a batch; a longer sequence comes alone
 HEADER = f"{'pattern':<10}{'density':>9}{'fwd':>9}{'f+b':>9}{'x fwd':>8}{'x f+b':>8}{'MiB f+b':>9}"
+
+Compiled = dict[str, tuple[jax.stages.Compiled, tuple[Any, ...]]]
+"""A compiled function and its arguments, of each call by its name."""
 
 Measured = dict[str, dict[str, Any]]
 """Seconds and memory_bytes, of each call by its name."""
@@ -43,11 +47,12 @@ def main() -> None:
     with written(result, args.out or (None if args.quick else RESULTS / f"density-{platform}.json")):
         for length in lengths:
             cases = _cases(length, platform)
-            dense = _measured(dense_calls(cases[0], "xla" if platform == "cpu" else "cudnn"), samples)
+            dense_compiled, compiled = _compiled(cases, "xla" if platform == "cpu" else "cudnn", args.implementation)
+            dense = _measured(dense_compiled, samples)
             print(f"\n{cases[0].shape}: ms, whole calls; x: dense over sparse; MiB: peak\n{HEADER}")
             print(_dense_row(dense))
-            for case in cases:
-                result["cases"].append(_record(case, dense, args.implementation, samples))
+            for case, calls in zip(cases, compiled, strict=True):
+                result["cases"].append(_record(case, calls, dense, samples))
                 print(_row(case, result["cases"][-1]), flush=True)
 
 
@@ -70,22 +75,30 @@ def _cases(length: int, platform: str) -> list[Case]:
     return [Case(shape, pattern, "bfloat16") for pattern in patterns]
 
 
-def _measured(calls: dict[str, Call], samples: int) -> Measured:
+def _compiled(cases: list[Case], dense: Literal["xla", "cudnn"], sparse: str | None) -> tuple[Compiled, list[Compiled]]:
+    """Calls of dense attention, and those of each case: compiled side by side, before anything is timed."""
+    calls = [dense_calls(cases[0], dense), *(whole_calls(case, sparse) for case in cases)]
+
+    def compiled(calls: dict[str, Call]) -> Compiled:
+        return {name: (call.compile(), call.args) for name, call in calls.items()}
+
+    with ThreadPoolExecutor() as threads:
+        first, *others = threads.map(compiled, calls)
+    return first, others
+
+
+def _measured(calls: Compiled, samples: int) -> Measured:
     """Seconds and bytes of each call."""
-    seconds, memory = {}, {}
-    for name, call in calls.items():
-        compiled = call.compile()
-        seconds[name] = measure(compiled, *call.args, samples=samples).median
-        memory[name] = memory_bytes(compiled)
-    return {"seconds": seconds, "memory_bytes": memory}
+    seconds = {name: measure(call, *args, samples=samples).median for name, (call, args) in calls.items()}
+    return {"seconds": seconds, "memory_bytes": {name: memory_bytes(call) for name, (call, _) in calls.items()}}
 
 
-def _record(case: Case, dense: Measured, implementation: str | None, samples: int) -> dict[str, Any]:
-    calls = whole_calls(case, implementation)
+def _record(case: Case, calls: Compiled, dense: Measured, samples: int) -> dict[str, Any]:
     sparse = _measured(calls, samples)
+    arrays, *_ = calls["forward"][1]
     return {
         "case": str(case),
-        "density": float(make_plan(case, calls["forward"].args[0]).density()),
+        "density": float(make_plan(case, arrays).density()),
         **{quantity: sparse[quantity] | dense[quantity] for quantity in sparse},
         "speedup": {name: dense["seconds"][f"dense_{name}"] / sparse["seconds"][name] for name in calls},
     }
