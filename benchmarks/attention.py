@@ -180,7 +180,8 @@ _COLUMNS = ("plan", "gather", "kernel_forward", "kernel_forward_backward", "forw
 _HEADER = (
     "ms, medians; plan, gather and kernels by themselves, then the whole call; TFLOP/s of visible pairs and\n"
     "peak MiB of forward + backward, whole call\n"
-    f"{'case':<36}{'plan':>8}{'gather':>8}{'k fwd':>9}{'k f+b':>9}{'fwd':>9}{'f+b':>9}{'dense f':>9}{'dense f+b':>10}"
+    f"{'case':<36}{'plan':>8}{'gather':>8}{'k fwd':>9}{'k f+b':>9}{'fwd':>9}{'f+b':>9}{'hash f+b':>10}"
+    f"{'dense f':>9}{'dense f+b':>10}"
     f"{'x fwd':>7}{'x f+b':>7}{'mha f':>9}{'mha f+b':>9}{'TFLOP/s':>9}{'tiles':>7}{'MiB':>8}{'dense':>8}"
 )
 
@@ -190,8 +191,9 @@ def _row(record: dict[str, Any]) -> str:
     cells = [f"{record['case']:<36}"]
     widths = (8, 8, 9, 9, 9, 9)
     cells += [f"{ms[name]:>{width}.2f}" for name, width in zip(_COLUMNS, widths, strict=True)]
-    for name, width in (("dense_forward", 9), ("dense_forward_backward", 10)):
-        cells.append(f"{ms[name]:>{width}.1f}" if name in ms else f"{'-':>{width}}")
+    optional = (("hashed_forward_backward", 10, 2), ("dense_forward", 9, 1), ("dense_forward_backward", 10, 1))
+    for name, width, digits in optional:
+        cells.append(f"{ms[name]:>{width}.{digits}f}" if name in ms else f"{'-':>{width}}")
     for name in ("forward", "forward_backward"):
         cells.append(f"{record['speedup'][name]:>7.2f}" if record["speedup"] else f"{'-':>7}")
     for name in ("mha_forward", "mha_forward_backward"):

@@ -62,6 +62,7 @@ def sparse_calls(case: Case, implementation: str | None) -> dict[str, Call]:
         "kernel_forward": Call(jax.jit(kernel), (planned.runs, *slotted)),
         "kernel_forward_backward": Call(_with_gradients(kernel), (planned.runs, *slotted, slotted_do)),
         **whole_calls(case, implementation),
+        **_hashed_call(case, implementation),
     }
 
 
@@ -73,6 +74,19 @@ def whole_calls(case: Case, implementation: str | None) -> dict[str, Call]:
         "forward": Call(jax.jit(whole), (arrays, q, k, v)),
         "forward_backward": Call(_with_gradients(whole), (arrays, q, k, v, do)),
     }
+
+
+def _hashed_call(case: Case, implementation: str | None) -> dict[str, Call]:
+    """Returns `hashed_forward_backward` of even buckets: into as many, the call hashes q and k itself."""
+    num_buckets = case.pattern.num_buckets
+    if num_buckets is None or case.pattern.name != f"hash{num_buckets}":
+        return {}
+    *tensors, do = _tensors(case.shape, case.dtype)
+
+    def attend(key, q, k, v):
+        return sfj.hash_sparse_attention(q, k, v, num_buckets, key, implementation=implementation)
+
+    return {"hashed_forward_backward": Call(_with_gradients(attend), (jax.random.key(0), *tensors, do))}
 
 
 def dense_calls(case: Case, implementation: Literal["xla", "cudnn"]) -> dict[str, Call]:

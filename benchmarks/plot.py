@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import ROOT
-from tables import README, SHOWN, Records, in_readme, load, tables
+from tables import README, SHOWN, SINGLE, SWEPT, Records, in_readme, load, tables
 
 PICTURE = ROOT / "docs" / "speedup.png"
 COLOURS = {"hash16": "#0072B2", "hash64": "#009E73", "qk50": "#E69F00", "qk70": "#D55E00"}  # Okabe and Ito
@@ -49,7 +49,7 @@ def draw(path: Path) -> None:
 
     figure = Figure(figsize=(10.4, 4.8))
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.06)
-    (swept_on, swept), (single_on, single) = load("density-gpu.json"), load("attention-gpu-end-to-end.json")
+    (swept_on, swept), (single_on, single) = load(SWEPT), load(SINGLE)
     axes = figure.subplots(1, len(PANELS), sharey=True)
     for ax, (title, patterns) in zip(axes, PANELS.items(), strict=True):
         for pattern in patterns:
@@ -68,7 +68,7 @@ def _draw_pattern(ax: Any, pattern: str, swept: Records, single: Records) -> Non
     ax.plot(lengths, [_speedup(record) for _, record in ours], color=colour, marker="o", markersize=4, linewidth=2)
     ax.plot(lengths, [1 / record["density"] for _, record in ours], color=colour, linestyle=(0, (5, 4)), linewidth=1)
     ax.annotate(
-        f"{SHOWN[pattern]}: at most {1 / ours[0][1]['density']:.3g}x",
+        f"{SHOWN[pattern].replace(' of q and k', '')}: at most {1 / ours[0][1]['density']:.3g}x",
         (lengths[0], 1 / ours[0][1]["density"]),
         xytext=(0, 4),
         textcoords="offset points",

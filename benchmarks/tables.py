@@ -1,4 +1,4 @@
-"""The README's tables out of measured results: speed-up by length, and where sparse attention is not worth it."""
+"""The README's tables out of measured results: whole calls, training steps, and where sparse is not worth it."""
 
 import json
 import math
@@ -12,6 +12,16 @@ from time_shares import PACKAGE
 RESULTS = Path(__file__).resolve().parent / "results"
 README = ROOT / "README.md"
 SHOWN = {"hash16": "16 buckets", "hash64": "64 buckets", "qk50": "half of q and k dropped", "qk70": "70 % dropped"}
+WORDS = {
+    "hash": "{} buckets",
+    "centred": "{} buckets, centred",
+    "qk": "{} % of q and k dropped",
+    "none": "none",
+    "dense": "cuDNN dense",
+    "mha": "JAX's Pallas-Triton flash",
+}
+SWEPT, SINGLE, STEPS = "density-gpu.json", "attention-gpu-end-to-end.json", "train-step-gpu.json"
+BOTH = "forward_backward"
 Records = dict[tuple[str, int], dict[str, Any]]
 
 
@@ -29,7 +39,12 @@ def load(name: str) -> tuple[dict[str, Any], Records]:
 def tables() -> dict[str, str]:
     """Returns each table of the README by the name in its markers."""
     measured = json.loads(PACKAGE.read_text())
-    return {"speed-up": _speed_up(), "break-even": _break_even(measured)}
+    return {
+        "speed-up": _speed_up(),
+        "end-to-end": _end_to_end(),
+        "training-step": _training_step(),
+        "break-even": _break_even(measured),
+    }
 
 
 def in_readme(text: str) -> str:
@@ -50,19 +65,59 @@ def in_readme(text: str) -> str:
 
 
 def _speed_up() -> str:
-    """Whole calls, forward + backward, over cuDNN's dense causal attention; peak memory where it was measured."""
-    environment, records = load("density-gpu.json")
+    """Whole calls, forward + backward, over cuDNN's dense causal attention."""
+    environment, records = load(SWEPT)
     rows = [["T", "cuDNN dense", *SHOWN.values()]]
     for length in sorted({length for _, length in records}):
         of_length = [records[pattern, length] for pattern in SHOWN]
-        dense = of_length[0]["seconds"]["dense_forward_backward"]
-        speedups = [record["speedup"]["forward_backward"] for record in of_length]
-        rows.append([str(length), f"{dense * 1e3:.3g} ms", *(f"{x:.1f}x" for x in speedups)])
-        if all("memory_bytes" in record for record in of_length):
-            plans = [record["memory_bytes"] for record in of_length]
-            peaks = [plans[0]["dense_forward_backward"]["peak"], *(plan["forward_backward"]["peak"] for plan in plans)]
-            rows.append([f"{length}, peak MiB", *(f"{peak / 2**20:,.0f}" for peak in peaks)])
-    return f"{_markdown(rows)}\n\n{_source(environment)}."
+        dense = of_length[0]["seconds"][f"dense_{BOTH}"]
+        speedups = [record["speedup"][BOTH] for record in of_length]
+        rows.append([str(length), f"{dense * 1e3:.2f} ms", *(f"{x:.1f}x" for x in speedups)])
+    return f"{_markdown(rows)}\n\n{_source(environment, 'density.py')}."
+
+
+def _end_to_end() -> str:
+    """Whole calls case by case, forward + backward, and what of them the kernels take."""
+    environment, records = load(SINGLE)
+    rows = [["", "cuDNN dense", "ours", "its kernels", "speed-up", "peak memory, dense and ours"]]
+    for (pattern, length), record in records.items():
+        times = [f"dense_{BOTH}", BOTH, f"kernel_{BOTH}"]
+        peaks = [record["memory_bytes"][name]["peak"] / 2**20 for name in times[:2]]
+        rows.append(
+            [
+                f"{record['case'].split('-')[0]} T{length}, {_words(pattern)}",
+                *(f"{1e3 * record['seconds'][name]['median']:.2f} ms" for name in times),
+                f"{record['speedup'][BOTH]:.3g}x",
+                f"{peaks[0]:.0f}, {peaks[1]:.0f} MiB",
+            ]
+        )
+    return f"{_markdown(rows)}\n\n{_source(environment, 'attention.py')}."
+
+
+def _training_step() -> str:
+    """Steps by length: milliseconds, tokens a second and MFU, and how much faster centred buckets make them."""
+    result = json.loads((RESULTS / STEPS).read_text())
+    rows = [["T", "attention", "ms a step", "tokens/s", "MFU", "visible pairs", "over cuDNN", "over Pallas-Triton"]]
+    for step in result["steps"]:
+        over = [step["speedup"].get(f"over_{name}") for name in ("dense", "mha")]
+        rows.append(
+            [
+                str(step["length"]),
+                _words(step["attention"]),
+                f"{1e3 * step['seconds']['median']:.1f}",
+                f"{step['tokens_per_second'] / 1e3:.0f} k",
+                f"{step['mfu']:.2f}",
+                "" if step["visible"] is None else f"{step['visible']['last']:.3g}",
+                *("" if x is None else f"{x:.2f}x" for x in over),
+            ]
+        )
+    return f"{_markdown(rows)}\n\n{_source(result['environment'], 'train_step.py')}."
+
+
+def _words(name: str) -> str:
+    """A pattern of the cases, or the attention of a step, in words."""
+    method = name.rstrip("0123456789")
+    return WORDS[method].format(name.removeprefix(method))
 
 
 def _break_even(measured: dict[str, Any]) -> str:
@@ -80,7 +135,7 @@ def _break_even(measured: dict[str, Any]) -> str:
             rate = "never" if dropped is None else f"{100 * (1 - math.sqrt(dropped)):.0f} %"
             densities = ["-" if x is None else f"{x:.2f}" for x in (hashed, dropped)]
             rows.append([kind, str(row["length"]), buckets, densities[0], rate, densities[1]])
-    sources = "; ".join(_source(measured[kind]["environment"]) for kind in sorted(measured))
+    sources = "; ".join(_source(measured[kind]["environment"], "density.py") for kind in sorted(measured))
     return f"{_markdown(rows)}\n\n{sources}."
 
 
@@ -103,10 +158,10 @@ def break_even(pairs: list[list[float]], dense: float) -> float | None:
     return 1.0
 
 
-def _source(environment: dict[str, Any]) -> str:
+def _source(environment: dict[str, Any], script: str) -> str:
     device = environment["device"].removeprefix("1 x ")
     where = f"{environment['processor']}, {environment['cores']} cores" if device == "cpu" else device
-    return f"`python benchmarks/density.py` on {where}, jax {environment['jax']}, commit {environment['commit'][:7]}"
+    return f"`python benchmarks/{script}` on {where}, jax {environment['jax']}, commit {environment['commit'][:7]}"
 
 
 def _markdown(rows: list[list[str]]) -> str:

@@ -41,7 +41,7 @@ def test_attention_writes_times_work_and_memory(tmp_path):
     assert case["case"] == CASE.replace("8192", "256")
     assert case["dense"] == "measured"
     parts = {"plan", "gather", "kernel_forward", "kernel_forward_backward"}
-    whole = {"forward", "forward_backward", "dense_forward", "dense_forward_backward"}
+    whole = {"forward", "forward_backward", "hashed_forward_backward", "dense_forward", "dense_forward_backward"}
     assert case["seconds"].keys() == parts | whole
     assert all(timing["best"] <= timing["median"] <= timing["worst"] for timing in case["seconds"].values())
     for name, speedup in case["speedup"].items():
