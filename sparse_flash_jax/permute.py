@@ -16,6 +16,12 @@ class Permutation(NamedTuple):
     """Slot of the token at each position, C or more where it has none."""
 
 
+def identity(length: int) -> Permutation:
+    """Returns the permutation in which slots are positions, as arrays."""
+    positions = jnp.arange(length, dtype=jnp.int32)[None, None]
+    return Permutation(positions, positions)
+
+
 def gather(x: Float[Array, "B L A H"], permutation: Permutation | None) -> Float[Array, "B A _C H"]:
     """Returns the rows of x in slot order, and the layout changed from [B L A H] to [B A C H].
 

@@ -92,7 +92,7 @@ def invert(order: Int32[Array, "B A L"]) -> Int32[Array, "B A L"]:
 def count_below(
     tokens: SortedTokens, groups: tuple[Int32[Array, "#B #A M"], ...], position: Int32[Array, "#B #A M"]
 ) -> Int32[Array, "#B #A M"]:
-    """Returns for each probe how many kept tokens sort before (*groups, position): a binary search.
+    """Returns for each probe how many kept tokens sort before (*groups, position): a binary search, if sorted at all.
 
     Args:
         tokens: sorted tokens, with the head axis of the probes, or 1.
@@ -100,6 +100,8 @@ def count_below(
         position: int32 [B A M]; may lie outside the sequence.
     """
     capacity = tokens.position.shape[-1]
+    if tokens.order is None:  # slots are positions
+        return jnp.clip(position, 0, capacity)
     bits = capacity.bit_length()
     none_yet = jnp.zeros(jnp.broadcast_shapes(position.shape, (*tokens.num_kept.shape, 1)), jnp.int32)
     tokens, groups, position, none_yet = vary_alike((tokens, groups, position, none_yet))

@@ -1,16 +1,37 @@
-"""GPUs that are not there: contexts in which Pallas lowers for one of them."""
+"""GPUs that are not there: one to choose kernels for, one to lower for, and kernels that are interpreted instead."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+H100 = "NVIDIA H100 80GB HBM3"
 # Device kind: multiprocessors, compute capability.
 GPUS = {
     "NVIDIA A100-SXM4-40GB": (108, 8.0),
     "NVIDIA GeForce RTX 4090": (128, 8.9),
-    "NVIDIA H100 80GB HBM3": (132, 9.0),
+    H100: (132, 9.0),
 }
+
+
+def put_device(monkeypatch, kind=H100, capability="9.0"):
+    """Puts a device of this kind and compute capability in the place of the default one."""
+    device = SimpleNamespace(device_kind=kind, compute_capability=capability)
+    monkeypatch.setattr("sparse_flash_jax.kernels.implementations._default_device", lambda: device)
+
+
+def put_interpreted(monkeypatch, chooser, kernel):
+    """Has the function of this name choose the kernel as on a GPU, interpreted; the shapes that it is called with."""
+    shapes = []
+
+    def interpreted(x, *operands, **options):
+        shapes.append(x.shape)
+        return kernel(x, *operands, interpret=True, **options)
+
+    monkeypatch.setattr(chooser, lambda *_: interpreted)
+    monkeypatch.setattr("jax.lax.platform_dependent", lambda *operands, cuda, default: cuda(*operands))
+    return shapes
 
 
 def abstract_device(kind):

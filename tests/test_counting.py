@@ -1,7 +1,6 @@
 """Plans by counting are the plans by sorting, integer for integer; and the kernels lower for CUDA."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from jax.sharding import PartitionSpec
 import sparse_flash_jax as sfj
 from sparse_flash_jax.kernels.triton.counting import CHUNK, count_tokens
 from tests.cases import Shape, buckets, half_in_one
-from tests.gpus import GPUS, lowered, mesh_of, on
+from tests.gpus import GPUS, H100, lowered, mesh_of, on, put_device, put_interpreted
 
 SHAPES = {
     "part_of_a_chunk": (Shape(B=1, T=100, N=1, H=1), 4),
@@ -89,22 +88,14 @@ PLANS = {
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """Plans as with a GPU, whose kernels are interpreted; the list of times that they were asked for."""
-    asked = []
-
-    def kernels():
-        asked.append(count_tokens)
-        return functools.partial(count_tokens, interpret=True)
-
-    monkeypatch.setattr("sparse_flash_jax.planning.counting_kernels", kernels)
-    monkeypatch.setattr("jax.lax.platform_dependent", lambda *operands, cuda, default: cuda(*operands))
-    return asked
+def counted_shapes(monkeypatch):
+    """Plans as with a GPU, whose kernels are interpreted; the shapes that they counted."""
+    return put_interpreted(monkeypatch, "sparse_flash_jax.planning.counting_kernels", count_tokens)
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_plans_of_known_buckets_are_counted(asked, name):
-    """The same plan as without the number of buckets, and the kernels asked for where they can make it."""
+def test_plans_of_known_buckets_are_counted(counted_shapes, name):
+    """The same plan as without the number of buckets, and by the kernels where they can make it."""
     options, by_counting = dict(PLANS[name][0]), PLANS[name][1]
     ids, keep = sides(Shape(B=2, T=300, N=2, K=1, H=1), 5, options.get("dropped", 0.0))
     ids = [ids[0], ids[0]] if options.pop("shared", False) else ids
@@ -112,110 +103,15 @@ def test_plans_of_known_buckets_are_counted(asked, name):
         options |= {"query_keep": keep[0], "key_keep": keep[1]}
     expected = sfj.make_plan(query_group=ids[0], key_group=ids[1], **options)
     got = sfj.make_plan(query_group=ids[0], key_group=ids[1], num_buckets=5, **options)
-    assert bool(asked) == by_counting
+    assert bool(counted_shapes) == by_counting
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-@pytest.mark.parametrize(
-    ("options", "by_counting"),
-    [({"query_capacity": 300, "key_capacity": 900}, True), ({"key_capacity": 299}, False)],
-    ids=["not_cut", "cut"],
-)
-def test_capacities_of_buckets(asked, options, by_counting):
-    ids, keep = sides(Shape(B=2, T=300, N=2, K=1, H=1), 5, 0.4)
-    options = {**options, "query_group": ids[0], "key_group": ids[1], "query_keep": keep[0], "key_keep": keep[1]}
-    expected = sfj.make_plan(**options)
-    got = sfj.make_plan(**options, num_buckets=5)
-    assert bool(asked) == by_counting
-    jax.tree.map(np.testing.assert_array_equal, got, expected)
-
-
-DROPPED = {
-    "both_sides": {},
-    "shared": {"shared": True},
-    "queries": {"num_buckets": 1, "key_keep": None},
-    "keys": {"num_buckets": 1, "query_keep": None, "query_capacity": 256},
-    "both_ways": {"causal": False},
-    "exclude_self": {"exclude_self": True},
-    "capacities_that_fit": {"query_capacity": 260, "key_capacity": 900},
-    "overflow": {"query_capacity": 100, "key_capacity": 70},
-    "overflow_of_all_heads": {"query_capacity": 64, "key_capacity": 64, "shared": True},
-    "overflow_both_ways": {"key_capacity": 65, "causal": False},
-    "one_slot": {"query_capacity": 1, "key_capacity": 1},
-    "one_bucket": {"num_buckets": 1, "query_capacity": 100, "key_capacity": 400},
-}
-
-
-def dropped_plan(keep, *, counted, shared=False, **options):
-    """With a traced offset a plan is sorted."""
-    keeps: dict[str, Any] = {"query_keep": keep[0], "key_keep": keep[0] if shared else keep[1]}
-    if "num_buckets" in options:
-        keeps |= {
-            f"{side}_group": jnp.zeros(x.shape, jnp.int32) for side, x in zip(("query", "key"), keep, strict=True)
-        }
-    offset = {} if counted else {"query_offset": jnp.int32(0)}
-    return sfj.make_plan(**{**keeps, **options, **offset})
-
-
-def assert_dropped_plans_agree(keep, options):
-    """Under jit, where what does not fit is dropped."""
-    got, expected = (
-        jax.jit(functools.partial(dropped_plan, counted=counted, **options))(keep) for counted in (True, False)
-    )
-    jax.tree.map(np.testing.assert_array_equal, got, expected)
-
-
-@pytest.mark.parametrize("name", DROPPED)
-def test_dropping_is_counted(asked, name):
-    _, keep = sides(Shape(B=2, T=300, N=4, K=2, H=1), 1, 0.3)
-    assert_dropped_plans_agree(keep, DROPPED[name])
-    assert len(asked) == 1
-
-
-@pytest.mark.parametrize("keys", [170, 530])
-@pytest.mark.parametrize("of_one_entry", [False, True])
-def test_dropping_of_sides_that_differ(asked, of_one_entry, keys):
-    """In length, and in whether batch entries and heads are told apart."""
-    _, keep = sides(Shape(B=2, T=300, N=2, K=1, S=keys, H=1), 1, 0.3)
-    keep[0] = keep[0][:1, :, :1] if of_one_entry else keep[0]
-    assert_dropped_plans_agree(keep, {"query_capacity": 200, "key_capacity": 150})
-    assert len(asked) == 1
-
-
-def test_buckets_of_one_batch_entry_beside_several(asked):
+def test_buckets_of_one_batch_entry_beside_several(counted_shapes):
     ids, _ = sides(Shape(B=2, T=300, N=2, K=1, H=1), 5, 0.0)
     got, expected = (sfj.hash_sparse(ids[0], ids[1][:1], num_buckets=count) for count in (5, None))
     jax.tree.map(np.testing.assert_array_equal, got, expected)
-    assert len(asked) == 1
-
-
-def test_overflow_raises_outside_jit(asked):
-    _, keep = sides(Shape(B=1, T=300, N=1, H=1), 1, 0.3)
-    with pytest.raises(ValueError, match=r"key_capacity=70 is too small: head 0 of batch entry 0 keeps"):
-        dropped_plan(keep, counted=True, key_capacity=70)
-    assert asked
-
-
-@pytest.mark.parametrize(
-    "plan",
-    [
-        lambda keep: sfj.qk_sparse(keep, keep, window=9),
-        lambda keep: sfj.make_plan(query_keep=keep, key_keep=keep, query_offset=3),
-        lambda keep: sfj.causal(keep.shape[1]),
-    ],
-    ids=["window", "offset", "nothing_dropped"],
-)
-def test_not_counted(asked, plan):
-    plan(jnp.arange(300)[None, :, None] % 3 > 0)
-    assert not asked
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", DROPPED)
-@pytest.mark.parametrize("shape", [Shape(B=2, T=300, N=4, K=2, H=1), Shape(B=2, T=16_384, N=12, H=1)])
-def test_dropping_on_a_gpu(shape, name):
-    _, keep = sides(shape, 1, 0.3)
-    assert_dropped_plans_agree(keep, DROPPED[name])
+    assert len(counted_shapes) == 1
 
 
 @pytest.mark.gpu
@@ -245,66 +141,48 @@ def assert_others_are_dropped():
     got = jax.jit(lambda ids: sfj.hash_sparse(ids[0], ids[1], num_buckets=5))(ids)
     keep = [(x >= 0) & (x < 5) for x in ids]
     expected = sfj.make_plan(query_group=ids[0], key_group=ids[1], query_keep=keep[0], key_keep=keep[1])
+    queries, keys = (jnp.sum(~x, axis=1, dtype=jnp.int32) for x in keep)
+    expected = expected._replace(query_overflow=queries, key_overflow=keys)
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
 def test_ids_that_are_no_bucket():
-    """Refused where they are known, dropped where they are traced."""
+    """Refused where they are known, dropped and counted where they are traced."""
     assert_others_are_dropped()
 
 
-def test_ids_that_are_no_bucket_of_those_counted(asked):
+def test_ids_that_are_no_bucket_of_those_counted(counted_shapes):
     assert_others_are_dropped()
-    assert asked
+    assert counted_shapes
 
 
-def test_vmap(asked):
+def test_vmap(counted_shapes):
     ids, _ = sides(Shape(B=3, T=300, N=2, H=1), 8, 0.0)
     split = [x[:, None] for x in ids]
     got = jax.vmap(lambda query, key: sfj.hash_sparse(query, key, num_buckets=8))(*split)
     expected = jax.vmap(lambda query, key: sfj.hash_sparse(query, key))(*split)
-    assert asked
+    assert counted_shapes
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
 def test_lowers_for_cuda_under_shard_map(monkeypatch):
     """Over batch entries, where the keys' ids are the same everywhere. (The interpreter knows no mesh axes.)"""
-    monkeypatch.setattr("sparse_flash_jax.planning.counting_kernels", lambda: count_tokens)
-    mesh = mesh_of("NVIDIA H100 80GB HBM3")
+    put_device(monkeypatch)
+    mesh = mesh_of(H100)
     spec, ids = PartitionSpec("data"), jnp.zeros((jax.device_count(), 300, 2), jnp.int32)
     plan = lambda query, key: sfj.hash_sparse(query, key, num_buckets=8).runs
     call = jax.shard_map(plan, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)
-    with on("NVIDIA H100 80GB HBM3"):
+    with on(H100):
         assert "__gpu$xla.gpu.triton" in lowered(call, ids, ids[:1])
 
 
 def test_a_gpus_host_plans_on_its_cpu(monkeypatch):
-    monkeypatch.setattr("sparse_flash_jax.planning.counting_kernels", lambda: count_tokens)
+    put_device(monkeypatch)
     ids, _ = sides(Shape(B=1, T=300, N=2, H=1), 8, 0.0)
     plan = jax.jit(lambda query, key: sfj.hash_sparse(query, key, num_buckets=8))
     jax.tree.map(np.testing.assert_array_equal, plan(*ids), sfj.hash_sparse(ids[0], ids[1]))
-    with on("NVIDIA H100 80GB HBM3"):
+    with on(H100):
         assert "__gpu$xla.gpu.triton" in lowered(lambda query, key: sfj.hash_sparse(query, key, num_buckets=8), *ids)
-
-
-def test_dropping_is_vmapped(asked):
-    _, keep = sides(Shape(B=3, T=300, N=2, H=1), 1, 0.3)
-    plan = lambda keep, counted: dropped_plan([x[None] for x in keep], counted=counted, query_capacity=250)
-    got, expected = (jax.vmap(functools.partial(plan, counted=counted))(keep) for counted in (True, False))
-    assert asked
-    jax.tree.map(np.testing.assert_array_equal, got, expected)
-
-
-@pytest.mark.parametrize("kind", GPUS)
-def test_dropping_lowers_for_cuda(monkeypatch, kind):
-    """Without a sort, where a GPU is lowered for."""
-    monkeypatch.setattr("sparse_flash_jax.planning.counting_kernels", lambda: count_tokens)
-    _, keep = sides(Shape(B=2, T=300, N=2, H=1), 1, 0.3)
-    plan = lambda query, key: sfj.qk_sparse(query, key, query_capacity=210, key_capacity=220)
-    with on(kind):
-        text = lowered(plan, *keep)
-    assert text.count("__gpu$xla.gpu.triton") == 3
-    assert "stablehlo.sort" not in text
 
 
 @pytest.mark.parametrize("kind", GPUS)

@@ -26,6 +26,7 @@ from tests.test_transforms import test_remat as test_remat
 from tests.test_transforms import test_scan_over_layers as test_scan_over_layers
 from tests.test_transforms import test_vmap_over_a_batch_axis as test_vmap_over_a_batch_axis
 from tests.test_transforms import test_vmap_with_one_plan_for_all as test_vmap_with_one_plan_for_all
+from tests.test_transforms import test_vmap_with_the_same_buckets_for_all as test_vmap_with_the_same_buckets_for_all
 
 pytestmark = pytest.mark.gpu
 IMPLEMENTATIONS = ("mosaic", "triton")

@@ -1,7 +1,7 @@
 """Which implementation runs where, and what is said where one cannot."""
 
+import functools
 import json
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from sparse_flash_jax.kernels.implementations import (
 from sparse_flash_jax.kernels.interval import interval_attention
 from sparse_flash_jax.kernels.rows import row_kernels
 from tests.contract import RUNS, inputs
+from tests.gpus import put_device
 
 CPU = jax.devices("cpu")[0]
 PASSES = ("forward", "dq", "dkv")
@@ -28,13 +29,7 @@ PASSES = ("forward", "dq", "dkv")
 
 @pytest.fixture
 def device(monkeypatch):
-    """Puts a device of a kind and compute capability in the place of the default one."""
-
-    def put(kind, capability):
-        stand_in = SimpleNamespace(device_kind=kind, compute_capability=capability)
-        monkeypatch.setattr(implementations, "_default_device", lambda: stand_in)
-
-    return put
+    return functools.partial(put_device, monkeypatch)
 
 
 def test_none_picks_what_runs_here():

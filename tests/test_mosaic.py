@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +11,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import sparse_flash_jax as sfj
-from sparse_flash_jax.kernels import implementations, mosaic
+from sparse_flash_jax.kernels import mosaic
 from sparse_flash_jax.kernels.config import Blocks, Config, HopperBlocks, mosaic_config
 from tests import definition
 from tests.budget import assert_within_budget, with_gradients
 from tests.cases import CASES, Case, Pattern, Shape, buckets, kept
 from tests.contract import IntervalContract
-from tests.gpus import lowered, mesh_of, on, passes, passes_by_position
+from tests.gpus import H100, lowered, mesh_of, on, passes, passes_by_position, put_device
 from tests.test_attention import judges
 from tests.test_transforms import LENGTH, attended, drawn, hashed
 
@@ -170,8 +169,7 @@ def test_kernels_that_write_by_position_lower_for_cuda(head_dim):
 @pytest.fixture
 def hopper(monkeypatch):
     """Kernels are chosen as on a Hopper GPU."""
-    device = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
-    monkeypatch.setattr(implementations, "_default_device", lambda: device)
+    put_device(monkeypatch)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -185,7 +183,7 @@ def test_rows_by_kernels_are_not_padded_again(capacity):
         plan = sfj.qk_sparse(keep, keep, query_capacity=capacity, key_capacity=capacity)
         return attended(q, k, v, do, plan)
 
-    with on("NVIDIA H100 80GB HBM3"):
+    with on(H100):
         text = lowered(attend, x, x, x, x, keep)
     assert "mosaic_gpu" in text
     assert not [line for line in text.splitlines() if "stablehlo.pad" in line and "x64xbf16>" in line]
@@ -204,12 +202,12 @@ def test_transformed_calls_lower_for_cuda(attend, how):
     if how == "vmap":
         call, operands = jax.vmap(attend), [x.reshape(4, 2, *x.shape[1:]) for x in operands]
     else:
-        mesh = mesh_of("NVIDIA H100 80GB HBM3")
+        mesh = mesh_of(H100)
         call = jax.shard_map(attend, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))
-    with on("NVIDIA H100 80GB HBM3"):
+    with on(H100):
         text = lowered(call, *operands)
     assert "mosaic_gpu" in text
-    # Rows are moved to slots by kernels; back they are written by those that compute them.
-    assert ('name = "to_slots"' in text) == (attend is hashed)
-    assert 'name = "to_positions"' not in text
+    # Rows go to slots by kernels; back they are written by those that compute them, but for the one of all gradients.
+    assert 'name = "to_slots"' in text
+    assert ('name = "to_positions"' in text) == (attend is causally)
     assert ("interval_attention_dqkv" in text) == (attend is causally)

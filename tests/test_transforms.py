@@ -1,5 +1,7 @@
 """The primitive under jit, vmap, remat, scan, pmap and shard_map: the same numbers, and no work done twice."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,11 @@ import sparse_flash_jax as sfj
 from tests.jaxprs import calls, primitives
 
 BATCH, LENGTH, HEADS, KEY_HEADS, HEAD_DIM = 8, 24, 4, 2, 8
+NUM_BUCKETS = 3
 DEVICES = jax.device_count()  # 8 on a CPU
+
+# A GPU sorts where the number of buckets is not known, and counts where it is.
+sorted_and_counted = pytest.mark.parametrize("num_buckets", [None, NUM_BUCKETS], ids=["sorted", "counted"])
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +29,12 @@ def drawn(dtype):
     rng = np.random.default_rng(0)
     queries, keys = (BATCH, LENGTH, HEADS), (BATCH, LENGTH, KEY_HEADS)
     q, k, v, do = (jnp.asarray(rng.standard_normal((*s, HEAD_DIM)), dtype) for s in (queries, keys, keys, queries))
-    return q, k, v, do, *(jnp.asarray(rng.integers(0, 3, s), jnp.int32) for s in (queries, keys))
+    return q, k, v, do, *(jnp.asarray(rng.integers(0, NUM_BUCKETS, s), jnp.int32) for s in (queries, keys))
 
 
-def hashed(q, k, v, do, query_bucket, key_bucket):
+def hashed(q, k, v, do, query_bucket, key_bucket, *, num_buckets=None):
     """o, lse and the gradients of <o, do> + sum(lse), planned from buckets."""
-    plan = sfj.hash_sparse(query_bucket, key_bucket)
+    plan = sfj.hash_sparse(query_bucket, key_bucket, num_buckets=num_buckets)
     return attended(q, k, v, do, plan)
 
 
@@ -55,9 +61,20 @@ def assert_close(x, y, name):
     np.testing.assert_allclose(x, y, atol=tolerance, rtol=tolerance, err_msg=name)
 
 
-def test_vmap_over_a_batch_axis(arrays, expected):
+@sorted_and_counted
+def test_vmap_over_a_batch_axis(arrays, expected, num_buckets):
     split = [x.reshape(4, 2, *x.shape[1:]) for x in arrays]
-    assert_same(jax.jit(jax.vmap(hashed))(*split), expected)
+    attend = functools.partial(hashed, num_buckets=num_buckets)
+    assert_same(jax.jit(jax.vmap(attend))(*split), expected)
+
+
+@sorted_and_counted
+def test_vmap_with_the_same_buckets_for_all(arrays, num_buckets):
+    split = [x.reshape(4, 2, *x.shape[1:]) for x in arrays[:4]]
+    buckets = [x[:2] for x in arrays[4:]]
+    attend = functools.partial(hashed, num_buckets=num_buckets)
+    got = jax.jit(jax.vmap(attend, in_axes=(0, 0, 0, 0, None, None)))(*split, *buckets)
+    assert_same(got, jax.jit(hashed)(*arrays[:4], *(jnp.tile(x, (4, 1, 1)) for x in buckets)))
 
 
 def test_vmap_with_one_plan_for_all(arrays):
@@ -74,8 +91,8 @@ def test_vmap_over_capacities(arrays):
     np.testing.assert_array_equal(plan.query_overflow[..., 0], [[0, 0], [4, 4], [4, 4], [4, 4]])
 
 
-def loss(q, k, v, query_bucket, key_bucket, *, plan=None):
-    plan = sfj.hash_sparse(query_bucket, key_bucket) if plan is None else plan
+def loss(q, k, v, query_bucket, key_bucket, *, num_buckets=None):
+    plan = sfj.hash_sparse(query_bucket, key_bucket, num_buckets=num_buckets)
     o, lse = sfj.sparse_attention(jnp.sin(q), k, v, plan, return_residual=True)
     return jnp.sum(jnp.cos(o), dtype=jnp.float32) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0.0))
 
@@ -87,10 +104,11 @@ GRADIENTS = {
     "remat": jax.checkpoint(loss),
     "remat_with_names": jax.checkpoint(loss, policy=SAVED),
     "remat_with_rows": jax.checkpoint(loss, policy=SAVED_ROWS),
+    "remat_counted": jax.checkpoint(functools.partial(loss, num_buckets=NUM_BUCKETS), policy=SAVED),
 }
 
 
-@pytest.mark.parametrize("how", ["remat", "remat_with_names", "remat_with_rows"])
+@pytest.mark.parametrize("how", ["remat", "remat_with_names", "remat_with_rows", "remat_counted"])
 def test_remat(arrays, how):
     q, k, v, _, *buckets = arrays
     got, plain = (jax.jit(jax.grad(GRADIENTS[h], argnums=(0, 1, 2)))(q, k, v, *buckets) for h in (how, "plain"))
@@ -134,17 +152,20 @@ def test_scan_over_layers(arrays, policy):
 
 @pytest.mark.skipif(BATCH % DEVICES != 0, reason=f"needs a number of devices that divides {BATCH}")
 class TestDevices:
-    def test_pmap(self, arrays, expected):
+    @sorted_and_counted
+    def test_pmap(self, arrays, expected, num_buckets):
         split = [x.reshape(DEVICES, -1, *x.shape[1:]) for x in arrays]
-        assert_same(jax.pmap(hashed)(*split), expected)
+        assert_same(jax.pmap(functools.partial(hashed, num_buckets=num_buckets))(*split), expected)
 
     def mesh(self):
         over_heads = 2 if DEVICES % 2 == 0 else 1
         return jax.make_mesh((DEVICES // over_heads, over_heads), ("data", "heads"), axis_types=(AxisType.Auto,) * 2)
 
-    def test_shard_map_over_batch_and_heads(self, arrays, expected):
+    @sorted_and_counted
+    def test_shard_map_over_batch_and_heads(self, arrays, expected, num_buckets):
         spec = PartitionSpec("data", None, "heads")
-        run = jax.shard_map(hashed, mesh=self.mesh(), in_specs=(spec,) * 6, out_specs=(spec,) * 5)
+        attend = functools.partial(hashed, num_buckets=num_buckets)
+        run = jax.shard_map(attend, mesh=self.mesh(), in_specs=(spec,) * 6, out_specs=(spec,) * 5)
         assert_same(jax.jit(run)(*arrays), expected)
 
     def test_shard_map_with_a_plan_that_all_share(self, arrays):

@@ -18,7 +18,7 @@ from tests import definition
 from tests.budget import assert_within_budget, with_gradients
 from tests.cases import CASES
 from tests.contract import RUNS, IntervalContract, inputs
-from tests.gpus import GPUS, lowered, on, passes
+from tests.gpus import GPUS, H100, lowered, on, passes
 from tests.test_attention import judges
 
 CONFIGS = {
@@ -70,7 +70,7 @@ def test_kernels_lower_for_cuda(device_kind, dtype, head_dim):
 def test_deprecation_of_the_backend_is_not_the_users_to_hear():
     q = jax.ShapeDtypeStruct((1, 1, 32, 16), "float32")
     runs = jax.eval_shape(lambda: sfj.causal(32)).runs
-    with on("NVIDIA H100 80GB HBM3"), warnings.catch_warnings(record=True) as caught:
+    with on(H100), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         lowered(functools.partial(triton.forward, scale=0.1, config=CONFIGS["small"]), q, q, q, runs)
     assert not caught

@@ -25,7 +25,7 @@ from sparse_flash_jax.kernels.padding import extend_bounds
 from sparse_flash_jax.kernels.rows import row_kernels, sum_of_products, to_positions, to_slots, to_slots_with_delta
 from sparse_flash_jax.kernels.tiles import Runs
 from sparse_flash_jax.manual_axes import vary_alike
-from sparse_flash_jax.permute import Permutation
+from sparse_flash_jax.permute import Permutation, identity
 
 RESIDUAL_NAMES = ("sparse_attention_o", "sparse_attention_lse")
 """`checkpoint_name`s of o and lse: a remat policy that saves them does not run the forward kernel twice."""
@@ -113,6 +113,9 @@ def _call(q, k, v, runs, orders, *, scale, implementation, config, long_runs):
     implementation = pick_implementation(q.dtype, q.shape[-1], config) if implementation is None else implementation
     if config is None:
         config = default_config(implementation, dtype=q.dtype, head_dim=q.shape[-1], runs=runs, long_runs=long_runs)
+    if orders is not None and row_kernels(implementation, interpret=config.interpret) is not None:
+        # Kernels change the layout as they move rows, several arrays a launch, though slots be positions.
+        orders = tuple(identity(x.shape[1]) if side is None else side for x, side in zip((q, k), orders, strict=True))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     operands = vary_alike((q, k, v, runs, orders))
     return _attention(*operands, scale, implementation, config)
