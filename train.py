@@ -2,8 +2,6 @@
 """Train a sparse-attention language model on text: config -> data -> model -> step -> loop -> evaluation -> sample."""
 
 import contextlib
-import dataclasses
-import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +25,7 @@ from training.progress import TrainProgress
 from training.report import Report
 from training.run_folder import RunFolder, choose_folder
 from training.sampling import continue_held_out
+from training.saved_config import write_config
 from training.step import StepMetrics, TrainState, init_state, make_evaluation_step, make_train_step
 from training.stopping import StopRequest
 from training.throughput import Throughput
@@ -96,7 +95,7 @@ def train(config: TrainConfig, stop: StopRequest, console: Console) -> None:
         console=console,
         stop=stop,
     )
-    folder.config.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n", "utf-8")
+    write_config(folder.config, config)
     introduce(run, state)
     with contextlib.closing(run.metrics), run.checkpoints:
         state, tokens_per_second = loop(run, state)

@@ -127,7 +127,9 @@ def _compare(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -
     if names:
         shown = "; ".join(f"{name} was {saved.get(name)!r}, now {current.get(name)!r}" for name in names[:4])
         more = f"; and {len(names) - 4} more" if len(names) > 4 else ""
-        raise CheckpointError(f"{checkpoint} belongs to another run: {shown}{more}")
+        # The default text is the source of what is installed.
+        hint = "; the text is not what it was: name the same --data, and install the same packages for 'python'"
+        raise CheckpointError(f"{checkpoint} belongs to another run: {shown}{more}{hint if 'text' in names else ''}")
 
 
 def _named_leaves(state: TrainState) -> dict[str, Any]:

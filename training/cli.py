@@ -1,5 +1,7 @@
-"""The command line: a preset, then any setting by name."""
+"""The command line: a preset, then any setting by name; a run that goes on has its own settings for a preset."""
 
+import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -9,6 +11,8 @@ from training.check import check
 from training.config import NEWEST, TrainConfig
 from training.errors import ConfigError
 from training.presets import PRESETS
+from training.run_folder import RunFolder, resumed_root
+from training.saved_config import read_config
 
 DEFAULT_PRESET = "cpu-small"
 
@@ -17,24 +21,34 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     """The settings that a command line asks for; `--help` and misspelled options leave by SystemExit.
 
     Args:
-        arguments: without the program's name; the first may be a preset.
+        arguments: without the program's name; the first may be a preset. With `--resume` and no preset, settings that
+            are not given are those of the run that goes on.
 
     Raises:
         ConfigError: the preset is unknown or settings contradict each other.
+        CheckpointError: there is no run to go on with, or its settings cannot be read.
     """
     rest = list(arguments)
-    preset = DEFAULT_PRESET
-    if rest and not rest[0].startswith("-"):
+    preset, named = DEFAULT_PRESET, bool(rest) and not rest[0].startswith("-")
+    if named:
         preset = rest.pop(0)
     if preset not in PRESETS:
         raise ConfigError(f"there is no preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    config = tyro.cli(
+    read = functools.partial(
+        tyro.cli,
         TrainConfig,
         args=_with_resume_value(rest),
-        default=PRESETS[preset][1],
         prog=f"{sys.argv[0].rsplit('/', 1)[-1]} [preset]",
         description=_description(preset),
     )
+    config = read(default=PRESETS[preset][1])
+    if config.resume is not None and not named:
+        run = RunFolder(resumed_root(config), None)
+        if run.config.exists():
+            saved = read_config(run.config)
+            config = read(default=dataclasses.replace(saved, out=None, resume=None, max_minutes=None))
+        if config.resume == NEWEST:  # by the name that was asked for, not the one that was saved
+            config = dataclasses.replace(config, resume=str(run.root))
     check(config)
     return config
 

@@ -170,7 +170,7 @@ class TrainConfig:
     """Folder for metrics, checkpoints and plots; default: a new one, runs/NAME-1, runs/NAME-2, ..."""
     resume: str | None = None
     """Go on from a checkpoint: `--resume` takes the newest run (or the one in --out), `--resume PATH` a run's folder or
-    one checkpoint in it."""
+    one checkpoint in it. Without a preset, what is not given is as in that run."""
     max_minutes: float | None = None
     """Save and stop after so many minutes."""
     log_every: int = 10

@@ -59,23 +59,37 @@ def choose_folder(config: TrainConfig) -> RunFolder:
     if config.resume is None:
         root = _claim_next(config.name) if config.out is None else _claim(config.out)
         return RunFolder(root, None)
+    root = resumed_root(config)
     if config.resume == NEWEST:
-        root = _newest_folder(config.name) if config.out is None else config.out
         return RunFolder(root, _newest_checkpoint(root))
     path = Path(config.resume)
-    if path.name.isdigit() and path.parent.name == "checkpoints":
-        root, checkpoint = path.parent.parent, path
-        if not path.is_dir():
-            raise CheckpointError(f"no checkpoint {path}")
-    else:
-        root = path.parent if path.name == "checkpoints" else path
-        checkpoint = _newest_checkpoint(root)
+    checkpoint = path if _is_checkpoint(path) else _newest_checkpoint(root)
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"no checkpoint {checkpoint}")
     if config.out is not None and config.out.resolve() != root.resolve():
         return RunFolder(_claim(config.out), checkpoint)
     newest = _newest_checkpoint(root)
     if newest.name != checkpoint.name:
         raise CheckpointError(f"{root} has gone on to step {newest.name}; name a new folder with --out to branch off")
     return RunFolder(root, checkpoint)
+
+
+def resumed_root(config: TrainConfig) -> Path:
+    """The folder of the run that `--resume` goes on with.
+
+    Raises:
+        CheckpointError: the newest is asked for, and there is none.
+    """
+    if config.resume is None or config.resume == NEWEST:
+        return _newest_folder(config.name) if config.out is None else config.out
+    path = Path(config.resume)
+    if _is_checkpoint(path):
+        return path.parent.parent
+    return path.parent if path.name == "checkpoints" else path
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.name.isdigit() and path.parent.name == "checkpoints"
 
 
 def steps_in(root: Path) -> list[int]:

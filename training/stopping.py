@@ -44,3 +44,4 @@ class StopRequest:
             os.kill(os.getpid(), number)
         self.reason = signal.Signals(number).name
         self.signalled = True
+        os.write(1, f"\n{self.reason}: stops and saves after this step; once more ends it at once\n".encode())
