@@ -139,6 +139,7 @@ class AttentionPlan(NamedTuple):
             key_length=self.key_length,
             largest_group=int(np.max(self.kept_keys if self.largest_group is None else self.largest_group)),
             method="qk" if self.largest_group is None else "hash",
+            permuted=self.queries is not None,
             block_q=block_q,
             block_k=block_k,
         )

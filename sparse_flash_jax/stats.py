@@ -73,6 +73,7 @@ def plan_stats(
     causal_pairs: int,
     largest_group: int,
     method: Method,
+    permuted: bool,
     block_q: int,
     block_k: int,
 ) -> PlanStats:
@@ -87,7 +88,11 @@ def plan_stats(
     tiles = tile_range(first_start, first_stop, last_start, last_stop, block_k)
     empty_slots = int((stop == start).sum())
     density = visible / (heads * causal_pairs)
-    measured = query_length == key_length and 0 < density <= 1 and not _windowed(start, stop)
+    expected = None
+    if query_length == key_length and 0 < density <= 1 and not _windowed(start, stop):
+        expected = expected_time_share(query_length, density, method=method)
+        if expected is not None and not permuted:
+            expected = expected._replace(share=expected.own_dense)
     return PlanStats(
         heads=heads,
         visible_pairs=visible,
@@ -99,7 +104,7 @@ def plan_stats(
         full_tiles=_sum(tiles.full_stop - tiles.full_start),
         empty_queries=empty_slots + heads * (query_length - start.shape[-1]),
         largest_group=largest_group,
-        expected_time=expected_time_share(query_length, density, method=method) if measured else None,
+        expected_time=expected,
     )
 
 

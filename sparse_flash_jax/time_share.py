@@ -12,13 +12,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from sparse_flash_jax.kernels.implementations import default_device_kind
+from sparse_flash_jax.kernels.implementations import default_device_kind, has_gpu_kernels
 from sparse_flash_jax.validation import positive_int
 
 Method = Literal["hash", "qk"]
 
 _MEASURED = Path(__file__).with_name("time_shares.json")
-_NVIDIA = "NVIDIA "  # what JAX calls those GPUs by that the GPU kernels serve
+_NVIDIA = "NVIDIA "
 
 
 class TimeShare(NamedTuple):
@@ -30,7 +30,7 @@ class TimeShare(NamedTuple):
     share: float
     """Of sparse attention; below 1 it is faster than dense attention."""
     own_dense: float
-    """Of this package's own dense causal attention at the same length."""
+    """Of this package's own dense causal attention, `causal(T)`, at the same length."""
     device_kind: str
     """Device that this is expected of."""
     measured_on: str
@@ -53,8 +53,9 @@ def expected_time_share(
     """Returns the share of dense attention's time to expect of sparse self-attention, before anything runs.
 
     Linear in the logarithms of length, density and share between measurements, and outside of them that of the nearest
-    length and density. A GPU was measured with 32k tokens in a batch, 12 heads of 64 and bfloat16, a CPU with one
-    sequence, 4 heads of 64 and float32. Bucket ids and keep masks were given: hashing or scoring comes on top.
+    length and density. A GPU was measured with 32k tokens in a batch (64k at that length), 12 heads of 64 and bfloat16,
+    a CPU with one sequence, 4 heads of 64 and float32. Keep masks, or bucket ids and how many there are, were given:
+    hashing or scoring comes on top. Forward alone pays later than forward and backward.
 
     Args:
         length: tokens of a sequence, T.
@@ -65,8 +66,8 @@ def expected_time_share(
 
     Returns:
         The expectation. An NVIDIA GPU that was not measured is assumed to be as the one that shares most words of
-        its name, and says so. All CPUs are "cpu", assumed to be as the one that was measured. None for any other device
-        that was not measured.
+        its name, and says so; None where the default device is one that this package has no kernels for. All CPUs are
+        "cpu", assumed to be as the one that was measured. None for any other device that was not measured.
 
     Raises:
         TypeError: if the length is not an int.
@@ -77,7 +78,10 @@ def expected_time_share(
         raise ValueError(f"density must be positive, the share of causal pairs that are visible, got {density}.")
     if method not in ("hash", "qk"):
         raise ValueError(f"method must be 'hash' or 'qk', got {method!r}.")
-    device_kind = default_device_kind() if device_kind is None else device_kind
+    if device_kind is None:
+        device_kind = default_device_kind()
+        if device_kind.startswith(_NVIDIA) and not has_gpu_kernels():
+            return None
     measured_on = _nearest(device_kind)
     if measured_on is None:
         return None

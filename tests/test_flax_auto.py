@@ -1,7 +1,6 @@
 """`Auto` on each side of break-even: it is the pattern that it chooses, in outputs, gradients and traces."""
 
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,13 +13,12 @@ from models.transformer import Transformer, TransformerConfig
 from sparse_flash_jax import time_share
 from sparse_flash_jax.flax import linen as sparse_linen
 from sparse_flash_jax.flax.nnx import QK, Auto, Dense, Hash, SparseSelfAttention, attention_fn
-from sparse_flash_jax.kernels import implementations
+from tests.gpus import H100, put_device
 
 D, N = 16, 2
 KEY = jax.random.key(7)
 HASH = Hash(4, exclude_self=True)
 SHORT, LONG = 24, 48  # below and above the break-even of the table below
-H100 = "NVIDIA H100 80GB HBM3"
 
 
 def row(length, share):
@@ -32,11 +30,6 @@ def break_even_at_32_tokens(monkeypatch):
     """Hash(4) takes twice dense attention's time at 16 tokens and half of it at 64; dropping twice that."""
     table = {kind: {"lengths": [row(16, 2.0), row(64, 0.5)]} for kind in ("cpu", H100)}
     monkeypatch.setattr(time_share, "_measured", lambda: table)
-
-
-def on_gpu(monkeypatch, kind=H100, capability="9.0"):
-    device = SimpleNamespace(device_kind=kind, compute_capability=capability)
-    monkeypatch.setattr(implementations, "_default_device", lambda: device)
 
 
 def choose(pattern, length, **options):
@@ -65,12 +58,12 @@ def test_expected_density():
 
 
 def test_on_a_gpu_dense_attention_is_cudnns_where_it_can(monkeypatch):
-    on_gpu(monkeypatch)
+    put_device(monkeypatch)
     assert choose(Auto(HASH), SHORT).pattern == Dense(backend="cudnn")
     assert choose(Auto(HASH), LONG).pattern == HASH
-    for refused in ({"dtype": "float32"}, {"documents": True}, {"implementation": "triton"}, {"head_dim": 20}):
+    for refused in ({"dtype": "float32"}, {"implementation": "triton"}, {"head_dim": 20}):
         assert choose(Auto(HASH), SHORT, **refused).pattern == Dense(), refused
-    on_gpu(monkeypatch, "NVIDIA A100-SXM4-80GB", "8.0")
+    put_device(monkeypatch, "NVIDIA A100-SXM4-80GB", "8.0")
     assert choose(Auto(HASH), SHORT, head_dim=128).pattern == Dense(backend="cudnn")
     assert choose(Auto(HASH), SHORT, head_dim=256).pattern == Dense()
 
@@ -78,23 +71,30 @@ def test_on_a_gpu_dense_attention_is_cudnns_where_it_can(monkeypatch):
 def test_own_dense_attention_is_weighed_where_it_would_run(monkeypatch):
     table = {H100: {"lengths": [{"length": 16, "own_dense": 0.4, "hash": [[0.25, 0.5]]}]}}
     monkeypatch.setattr(time_share, "_measured", lambda: table)
-    on_gpu(monkeypatch)
-    by_cudnn, own = choose(Auto(HASH), 16), choose(Auto(HASH), 16, documents=True)
+    put_device(monkeypatch)
+    by_cudnn, own = choose(Auto(HASH), 16), choose(Auto(HASH), 16, implementation="triton")
     assert (by_cudnn.share, own.share) == (0.5, 1.25)
     assert (by_cudnn.pattern, own.pattern) == (HASH, Dense())
 
 
 def test_an_unknown_device_gets_what_was_asked_for(monkeypatch):
-    on_gpu(monkeypatch, "TPU v5 lite", "none")
+    put_device(monkeypatch, "TPU v5 lite", "none")
     choice = choose(Auto(HASH), SHORT)
     assert (choice.pattern, choice.share) == (HASH, None)
     assert "no device like this" in str(choice)
 
 
+def test_documents_get_what_was_asked_for(monkeypatch):
+    put_device(monkeypatch)
+    choice = choose(Auto(HASH), SHORT, documents=True)
+    assert (choice.pattern, choice.share) == (HASH, None)
+    assert "not with documents" in str(choice)
+
+
 def test_the_choice_tells_why(monkeypatch):
-    on_gpu(monkeypatch, "NVIDIA H200")
+    put_device(monkeypatch, "NVIDIA H200")
     text = str(choose(Auto(HASH), 16))
-    for part in ("dense: at 16 tokens and density 0.25", str(HASH), "2.00 of the time", "'cudnn'", H100, "NVIDIA H200"):
+    for part in ("dense: at 16 tokens and density 0.25", str(HASH), "2.00 of the time of cuDNN's", H100, "NVIDIA H200"):
         assert part in text
     assert str(choose(Auto(HASH), LONG)).startswith("sparse: at 48 tokens")
 
@@ -105,6 +105,12 @@ def test_wrong_options():
     for density in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="density"):
             Auto(HASH, density=density)
+
+
+def test_wrong_patterns(without_shape_checks):
+    for pattern in (Dense(), Auto(HASH), "hash"):
+        with pytest.raises(TypeError, match=r"Auto weighs a Hash or QK .*, got "):
+            Auto(pattern)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(("length", "chosen"), [(SHORT, Dense()), (LONG, HASH)], ids=["dense", "sparse"])

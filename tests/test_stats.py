@@ -69,7 +69,8 @@ def test_largest_group_counts_kept_keys():
 
 
 def test_dense_causal_in_numbers():
-    stats = sfj.causal(256).stats(block_q=64, block_k=64)
+    stats, dense = sfj.causal(256).stats(block_q=64, block_k=64), sfj.expected_time_share(256, 1.0)
+    assert dense is not None
     assert dataclasses.asdict(stats) == {
         "heads": 1,
         "visible_pairs": 256 * 257 // 2,
@@ -81,7 +82,7 @@ def test_dense_causal_in_numbers():
         "full_tiles": 6,
         "empty_queries": 0,
         "largest_group": 256,
-        "expected_time": sfj.expected_time_share(256, 1.0, method="qk"),
+        "expected_time": dense._replace(share=dense.own_dense),
     }
     assert stats.tile_efficiency == pytest.approx(256 * 257 / 2 / (10 * 64 * 64))
 

@@ -8,21 +8,21 @@ import jax
 import pytest
 
 import sparse_flash_jax as sfj
+from tests.gpus import put_device
 
 RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"
 H100 = "NVIDIA H100 80GB HBM3"
 
 
 def measured():
-    """Device kind, length, method, density and time share of every measurement of buckets or dropping."""
+    """Device kind, length, method ("causal": none), density and time share of every measurement."""
     for path in RESULTS.glob("density-*.json"):
         result = json.loads(path.read_text())
         kind = result["environment"]["device"].removeprefix("1 x ")
         for case in result["cases"]:
             _, length, _, _, pattern, _ = case["case"].split("-")
-            if pattern != "causal":
-                share = case["seconds"]["forward_backward"] / case["seconds"]["dense_forward_backward"]
-                yield kind, int(length[1:]), re.sub(r"\d", "", pattern), case["density"], share
+            share = case["seconds"]["forward_backward"] / case["seconds"]["dense_forward_backward"]
+            yield kind, int(length[1:]), re.sub(r"\d", "", pattern), case["density"], share
 
 
 def expect(*arguments, **options):
@@ -35,8 +35,9 @@ def test_a_measured_case_is_expected_as_it_was_measured():
     cases = list(measured())
     assert {kind for kind, *_ in cases} == {"cpu", H100}
     for kind, length, method, density, share in cases:
-        expected = expect(length, density, method=method, device_kind=kind)
-        assert expected.share == pytest.approx(share, rel=5e-3)
+        dense = method == "causal"
+        expected = expect(length, density, method="qk" if dense else method, device_kind=kind)
+        assert (expected.own_dense if dense else expected.share) == pytest.approx(share, rel=5e-3)
         assert (expected.device_kind, expected.measured_on) == (kind, kind)
 
 
@@ -74,6 +75,13 @@ def test_another_gpu_is_assumed_to_be_as_one_that_was_measured():
 @pytest.mark.parametrize("kind", ["TPU v5 lite", "Tesla T4", "AMD Instinct MI300X"])
 def test_what_is_not_known_is_not_guessed(kind):
     assert sfj.expected_time_share(16384, 0.1, device_kind=kind) is None
+
+
+def test_a_gpu_that_the_kernels_do_not_serve_is_not_guessed(monkeypatch):
+    put_device(monkeypatch, "NVIDIA TITAN V", "7.0")
+    assert sfj.expected_time_share(4096, 0.1) is None
+    put_device(monkeypatch, "NVIDIA TITAN V", "8.0")
+    assert sfj.expected_time_share(4096, 0.1) == sfj.expected_time_share(4096, 0.1, device_kind="NVIDIA TITAN V")
 
 
 def test_the_default_device_is_asked_for():

@@ -25,7 +25,7 @@ class AutoChoice(NamedTuple):
     density: float
     """Share of causal pairs that the sparse pattern is expected to show."""
     expected: TimeShare | None
-    """Time of the sparse pattern; None where nothing like this device was measured."""
+    """Time of the sparse pattern; None where nothing like it was measured on a device like this."""
 
     @property
     def share(self) -> float | None:
@@ -40,11 +40,12 @@ class AutoChoice(NamedTuple):
         return self.sparse if self.share is None or self.share < 1 else self.dense
 
     def __str__(self) -> str:
+        dense = f"{'cuDNN' if self.dense.backend else 'this package'}'s dense attention"
         chosen = "sparse" if self.pattern is self.sparse else "dense"
         where = f"{chosen}: at {self.length:,} tokens and density {self.density:.4g} {self.sparse}"
         if self.expected is None:
-            return f"{where} was measured on no device like this"
-        return f"{where} is expected to take {self.share:.2f} of the time of {self.dense} ({self.expected.source})"
+            return f"{where} was not measured: not with documents, or on no device like this"
+        return f"{where} is expected to take {self.share:.2f} of the time of {dense} ({self.expected.source})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +54,10 @@ class Auto:
 
     Chosen while tracing, from static shapes, the expected density and the device alone; `choose` tells. A layer that
     runs at several lengths may be dense at one and sparse at another; with `choose(...).pattern` it is one of them.
-    Hashing and scoring are not in the measurements, so near break-even it errs to sparse. With a named implementation
-    the expected time is still that of the default kernels.
+    What counts is forward + backward; forward alone pays later. Hashing and scoring are not in the measurements, so
+    near break-even it errs to sparse. With a named implementation the expected time is still that of the default
+    kernels. Nothing was measured of documents, with which it is sparse. Repeats of cuDNN's backward pass need not agree
+    to the bit, as those of this package's kernels do.
 
     Args:
         sparse: `Hash` or `QK`, without a window.
@@ -62,6 +65,7 @@ class Auto:
             for (1 - rate)**2. Buckets of alike tokens show more: `plan.density()` tells.
 
     Raises:
+        TypeError: if the pattern is neither.
         ValueError: if the sparse pattern has a window, of which nothing was measured, or the density is not in (0, 1].
     """
 
@@ -69,6 +73,8 @@ class Auto:
     density: float | None = None
 
     def __post_init__(self):
+        if not isinstance(self.sparse, Hash | QK):
+            raise TypeError(f"Auto weighs a Hash or QK against dense attention, got {self.sparse!r}.")
         if self.sparse.window is not None:
             raise ValueError(f"Auto has no measurements of windows, leave out the window of {self.sparse}.")
         if self.density is not None and not 0 < self.density <= 1:
@@ -92,7 +98,7 @@ class Auto:
             length: tokens of a sequence, T.
             dtype: of the heads.
             head_dim: H.
-            documents: whether there are `segment_ids`, which cuDNN does not take here.
+            documents: whether there are `segment_ids`.
             implementation: as of `sparse_attention`; a named one is for dense attention too.
         """
         method = "hash" if isinstance(self.sparse, Hash) else "qk"
@@ -102,7 +108,7 @@ class Auto:
             dense=Dense(backend="cudnn" if cudnn else None),
             length=length,
             density=self.expected_density,
-            expected=expected_time_share(length, self.expected_density, method=method),
+            expected=None if documents else expected_time_share(length, self.expected_density, method=method),
         )
 
     def plan(
@@ -113,9 +119,11 @@ class Auto:
         key: PRNGKeyArray | None = None,
         segment_ids: Int32[Array, "B T"] | None = None,
         scores: KeepScores | None = None,
+        implementation: str | None = None,
     ) -> AttentionPlan:
         """Returns the plan of what is chosen for these queries."""
-        return resolve(self, q, segment_ids).plan(q, k, key=key, segment_ids=segment_ids, scores=scores)
+        options = {"key": key, "segment_ids": segment_ids, "scores": scores, "implementation": implementation}
+        return resolve(self, q, segment_ids, implementation).plan(q, k, **options)
 
 
 Pattern = Dense | Hash | QK | Auto
