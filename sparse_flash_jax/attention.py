@@ -129,8 +129,15 @@ def hash_sparse_attention(
     Source: arXiv 2306.01160, section 3.2.
     """
     check_attention_inputs(q, k, v)
-    buckets = hash_sides(q, k, num_buckets, key, centred=centred)
-    plan = hash_sparse(*buckets, causal=causal, exclude_self=exclude_self, window=window, num_buckets=num_buckets)
+    buckets = hash_sides(q, k, num_buckets, key, centred=centred, implementation=implementation)
+    plan = hash_sparse(
+        *buckets,
+        causal=causal,
+        exclude_self=exclude_self,
+        window=window,
+        num_buckets=num_buckets,
+        implementation=implementation,
+    )
     return sparse_attention(q, k, v, plan, scale=scale, implementation=implementation, return_residual=return_residual)
 
 
@@ -174,7 +181,13 @@ def qk_sparse_attention(
     Source: arXiv 2306.01160, section 3.1.
     """
     plan = qk_sparse(
-        query_keep, key_keep, causal=causal, window=window, query_capacity=query_capacity, key_capacity=key_capacity
+        query_keep,
+        key_keep,
+        causal=causal,
+        window=window,
+        query_capacity=query_capacity,
+        key_capacity=key_capacity,
+        implementation=implementation,
     )
     return sparse_attention(q, k, v, plan, scale=scale, implementation=implementation, return_residual=return_residual)
 
@@ -197,7 +210,10 @@ def _check_plan(plan: AttentionPlan, q: Float[Array, "B T N H"], k: Float[Array,
         ("keys", k.shape[1], plan.key_length),
     ):
         if expected != got:
-            raise ValueError(f"the plan is for {got} {name}, got {expected}; make a plan for these lengths.")
+            raise ValueError(
+                f"the plan is for {got} {name}, got {expected}, the second axis of [B T N H]; "
+                "make a plan for these lengths."
+            )
     for name, expected, got in (
         ("query heads", q.shape[2], plan.query_heads),
         ("key heads", k.shape[2], plan.key_heads),

@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from sparse_flash_jax.kernels.implementations import by_platform, hashing_kernel
-from sparse_flash_jax.validation import FLOAT_DTYPES, check_array, positive_int
+from sparse_flash_jax.validation import FLOAT_DTYPES, check_array, check_implementation_name, positive_int
 
 
 def lsh_buckets(
@@ -18,6 +18,7 @@ def lsh_buckets(
     *,
     num_rotations: int | None = None,
     centred: bool = False,
+    implementation: str | None = None,
 ) -> Int32[Array, "B T N"]:
     """Returns the bucket of each vector: `argmax([x R, -x R])`, with R random, one for each head.
 
@@ -35,18 +36,20 @@ def lsh_buckets(
             have much in common else share a few large buckets, and their size is what attention costs; the softmax
             itself does not see what all keys have in common. Later vectors do not matter, so that causal attention
             stays causal. The first vector is its own mean, and goes to bucket 0.
+        implementation: "xla" hashes by XLA alone; None, or another that `sparse_attention` has: by a kernel if it can.
 
     Returns:
         int32 [B T N] in [0, num_buckets).
 
     Raises:
         TypeError: if x is not float32, float16 or bfloat16.
-        ValueError: if num_buckets is odd or below 2, or num_rotations does not divide N.
+        ValueError: if num_buckets is odd or below 2, num_rotations does not divide N, or the implementation is unknown.
 
     Source: "Practical and Optimal LSH for Angular Distance", arXiv 1509.02897.
     """
     rotation = draw_rotation(x, num_buckets, key, num_rotations)
-    hash_rows = hashing_kernel(num_buckets)
+    check_implementation_name(implementation)
+    hash_rows = None if implementation == "xla" else hashing_kernel(num_buckets)
     if hash_rows is None:
         return _hash(x, rotation, centred=centred)
     by_kernel, by_xla = (functools.partial(way, centred=centred) for way in (hash_rows, _hash))
@@ -54,11 +57,20 @@ def lsh_buckets(
 
 
 def hash_sides(
-    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], num_buckets: int, key: PRNGKeyArray, *, centred: bool
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    num_buckets: int,
+    key: PRNGKeyArray,
+    *,
+    centred: bool,
+    implementation: str | None = None,
 ) -> tuple[Int32[Array, "B T N"], Int32[Array, "B S K"]]:
     """Returns the buckets of queries and keys by the same rotations; the same array twice where k is q."""
-    query_bucket = lsh_buckets(q, num_buckets, key, num_rotations=k.shape[2], centred=centred)
-    return query_bucket, query_bucket if k is q else lsh_buckets(k, num_buckets, key, centred=centred)
+    hashed = functools.partial(
+        lsh_buckets, num_buckets=num_buckets, key=key, centred=centred, implementation=implementation
+    )
+    query_bucket = hashed(q, num_rotations=k.shape[2])
+    return query_bucket, query_bucket if k is q else hashed(k)
 
 
 def draw_rotation(

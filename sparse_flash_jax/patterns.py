@@ -92,6 +92,7 @@ def qk_sparse(
     window: int | None = None,
     query_capacity: int | None = None,
     key_capacity: int | None = None,
+    implementation: str | None = None,
 ) -> AttentionPlan:
     """Plans attention among the queries and keys that are kept, each side by its own mask (QK-sparse).
 
@@ -102,6 +103,7 @@ def qk_sparse(
         window: positions that a query looks back, its own included; None for all.
         query_capacity: most queries that any head keeps; attention then runs at this length.
         key_capacity: most keys that any head keeps.
+        implementation: as in `make_plan`.
 
     Returns:
         The plan. Dropped queries, and those that see no kept key, output 0 with zero gradients.
@@ -118,6 +120,7 @@ def qk_sparse(
         window=window,
         query_capacity=query_capacity,
         key_capacity=key_capacity,
+        implementation=implementation,
     )
 
 
@@ -129,6 +132,7 @@ def hash_sparse(
     *,
     window: int | None = None,
     num_buckets: int | None = None,
+    implementation: str | None = None,
 ) -> AttentionPlan:
     """Plans attention in which a query sees the keys of its own bucket (hash-sparse).
 
@@ -140,6 +144,7 @@ def hash_sparse(
         window: positions that a query looks back, its own included; None for all.
         num_buckets: says that ids are in [0, num_buckets), which lets GPUs count them, many times faster than sorting:
             see `make_plan`.
+        implementation: as in `make_plan`.
 
     Returns:
         The plan. A query that is alone in its bucket outputs 0 with zero gradients.
@@ -156,6 +161,7 @@ def hash_sparse(
         exclude_self=exclude_self,
         window=window,
         num_buckets=num_buckets,
+        implementation=implementation,
     )
 
 

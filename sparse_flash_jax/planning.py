@@ -1,4 +1,4 @@
-"""Making plans, as a sort: tokens ordered by (group, position), after which each query sees one run of keys.
+"""Making plans: tokens ordered by (group, position), after which each query sees one run of keys.
 
 Decides order, capacity and run bounds, by sorting or, on NVIDIA GPUs and where groups are few, by counting. Leaves it
 to patterns.py to say what the groups mean. Everything here is integer work inside `jit`, linear in memory.
@@ -18,7 +18,15 @@ from sparse_flash_jax.kernels.tiles import Runs
 from sparse_flash_jax.plan import AttentionPlan, repeat_heads
 from sparse_flash_jax.rule import Rule
 from sparse_flash_jax.sorting import SortedTokens, count_below, largest_group, sort_tokens
-from sparse_flash_jax.validation import check_num_buckets, check_offset, check_sides, positive_int
+from sparse_flash_jax.validation import (
+    check_implementation_name,
+    check_num_buckets,
+    check_offset,
+    check_sides,
+    keep_in_buckets,
+    positive_int,
+    raise_on_overflow,
+)
 
 PLAN_NAME = "sparse_attention_plan"
 """`checkpoint_name` of a plan's arrays: a remat policy that saves it does not sort again in the backward pass."""
@@ -39,6 +47,7 @@ def make_plan(
     query_capacity: int | None = None,
     key_capacity: int | None = None,
     num_buckets: int | None = None,
+    implementation: str | None = None,
 ) -> AttentionPlan:
     """Plans attention in which query i sees key j where all of these hold.
 
@@ -62,6 +71,8 @@ def make_plan(
         num_buckets: says that group ids, one array a side, are in [0, num_buckets); static. NVIDIA GPUs then plan by
             counting: the same plan in a small part of the time that sorting takes. They do so without groups, too. That
             is for up to 256 buckets, and neither window, offset nor, with several buckets, capacities; else they sort.
+        implementation: "xla" plans by XLA alone, which sorts; None, or another that `sparse_attention` has: by kernels
+            where there are any.
 
     Returns:
         The plan. Axes of size 1 stay and stand for any size.
@@ -69,14 +80,15 @@ def make_plan(
     Raises:
         TypeError: if groups are not int32 or keeps not bool.
         ValueError: if shapes, head counts or options do not fit one another, or if, outside `jit`, a head keeps more
-            than its capacity or a group id is not in [0, num_buckets). Inside `jit` tokens of such ids are dropped, and
-            so are the latest that do not fit, which `plan.overflow` counts.
+            than its capacity or a kept token's id is not in [0, num_buckets). Inside `jit` tokens of such ids and the
+            latest that do not fit are dropped, and `plan.overflow` counts them.
     """
     query_groups, key_groups = (
         () if x is None else tuple(x) if isinstance(x, tuple | list) else (x,) for x in (query_group, key_group)
     )
     check_sides(query_groups, query_keep, key_groups, key_keep)
     check_num_buckets(num_buckets, query_groups, key_groups)
+    check_implementation_name(implementation)
     query_length, key_length = (
         jax.tree.leaves(side)[0].shape[1] for side in ((query_groups, query_keep), (key_groups, key_keep))
     )
@@ -92,6 +104,7 @@ def make_plan(
         capacities=(query_capacity, key_capacity),
         num_buckets=num_buckets,
         shared=shared,
+        by_xla=implementation == "xla",
     )
 
 
@@ -107,23 +120,25 @@ def plan_sides(
     capacities: tuple[int | None, int | None],
     num_buckets: int | None = None,
     shared: bool = False,
+    by_xla: bool = False,
 ) -> AttentionPlan:
     """`make_plan` on checked arrays; with no groups and no keeps, one group in which nothing is dropped.
 
-    `shared` says that both sides are the same arrays, so that one is planned for both.
+    `shared` says that both sides are the same arrays, so that one is planned for both; `by_xla`, to use no kernels.
     """
     check_offset(query_offset)
     for name, capacity in zip(("query_capacity", "key_capacity"), capacities, strict=True):
         if capacity is not None:
             positive_int(name, capacity)
+    queries_outside = keys_outside = 0
     if num_buckets is not None:
-        query_keep = _keep_in_buckets("query", query_groups[0], query_keep, num_buckets)
-        key_keep = query_keep if shared else _keep_in_buckets("key", key_groups[0], key_keep, num_buckets)
+        of_queries = keep_in_buckets("query", query_groups[0], query_keep, num_buckets)
+        of_keys = of_queries if shared else keep_in_buckets("key", key_groups[0], key_keep, num_buckets)
+        (query_keep, queries_outside), (key_keep, keys_outside) = of_queries, of_keys
     slots = tuple(x if c is None else min(c, x) for x, c in zip(lengths, capacities, strict=True))
-    count_tokens = None
     dropping = query_keep is not None and key_keep is not None  # always, where buckets are known
-    if dropping and _can_count(num_buckets if query_groups else 1, rule, query_offset, cut=slots != lengths):
-        count_tokens = counting_kernels()
+    can_count = dropping and _can_count(num_buckets if query_groups else 1, rule, query_offset, cut=slots != lengths)
+    count_tokens = counting_kernels() if can_count and not by_xla else None
     queries, keys = (query_groups, query_keep), None if shared else (key_groups, key_keep)
     # Past these an offset shows or hides everything; clipped, no position plus offset leaves int32.
     farthest = lengths[1] + rule.reach
@@ -142,8 +157,10 @@ def plan_sides(
         ("query", "key"), (plan.query_overflow, plan.key_overflow), capacities, strict=True
     ):
         if capacity is not None and not isinstance(overflow, Tracer):
-            _raise_on_overflow(side, np.asarray(overflow), capacity)
-    return plan
+            raise_on_overflow(side, np.asarray(overflow), capacity)
+    return plan._replace(
+        query_overflow=plan.query_overflow + queries_outside, key_overflow=plan.key_overflow + keys_outside
+    )
 
 
 def _can_count(buckets: int | None, rule: Rule, query_offset: int | Array, *, cut: bool) -> bool:
@@ -229,27 +246,3 @@ def _runs(
     # Dropped rows come last: an empty run behind the kept columns keeps the bounds monotone.
     kept, end = rows.kept(), columns.num_kept[..., None]
     return jnp.where(kept, start, end), jnp.where(kept, stop, end)
-
-
-def _keep_in_buckets(
-    side: str, bucket: Int32[Array, "#B #A L"], keep: Bool[Array, "#B #A L"] | None, num_buckets: int
-) -> Bool[Array, "_B _A L"]:
-    """Returns which tokens are kept and in a bucket that there is."""
-    inside = (bucket >= 0) & (bucket < num_buckets)
-    if not isinstance(inside, Tracer) and not inside.all():
-        raise ValueError(
-            f"{side}_group must be in [0, num_buckets={num_buckets}), got ids from {bucket.min()} to {bucket.max()}."
-        )
-    return inside if keep is None else inside & keep
-
-
-def _raise_on_overflow(side: str, overflow: np.ndarray, capacity: int) -> None:
-    if not overflow.any():
-        return
-    batch, head = np.unravel_index(int(np.argmax(overflow)), overflow.shape)
-    raise ValueError(
-        f"{side}_capacity={capacity} is too small: head {head} of batch entry {batch} keeps "
-        f"{capacity + overflow[batch, head]} {'queries' if side == 'query' else 'keys'} "
-        f"({np.count_nonzero(overflow)} of {overflow.size} heads keep too many). "
-        f"Raise {side}_capacity, or keep fewer tokens; random_keep and top_keep keep exact counts."
-    )

@@ -9,11 +9,21 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Array, Bool, Int32
 
 LARGEST_OFFSET = 1 << 30
 """Positions up to here can be added to one another in int32."""
 
+IMPLEMENTATIONS = ("mosaic", "triton", "xla")
+"""The fastest first: None picks the first that can do it."""
+
 FLOAT_DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
+
+
+def check_implementation_name(implementation: Any) -> None:
+    """Raises ValueError unless the implementation is None or one that there is."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}.")
 
 
 def check_array(name: str, x: Any, axes: str, dtypes: Sequence[Any]) -> None:
@@ -44,7 +54,10 @@ def at_least(name: str, value: Any, least: int) -> None:
 
 
 def check_window(window: int | None, *, causal: bool, exclude_self: bool) -> None:
-    """Raises where a window is not a positive int, or exclude_self comes without causal."""
+    """Raises where a window is not a positive int, exclude_self comes without causal, or one of both is no bool."""
+    for name, value in (("causal", causal), ("exclude_self", exclude_self)):
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f"{name} must be True or False, got {value!r}; name the options that follow it.")
     if window is not None:
         positive_int("window", window)
     if exclude_self and not causal:
@@ -63,6 +76,34 @@ def check_num_buckets(num_buckets: Any, query_groups: tuple, key_groups: tuple) 
             "num_buckets says that the ids of one group a side are below it, "
             f"got {len(query_groups)} query and {len(key_groups)} key groups; leave num_buckets out."
         )
+
+
+def keep_in_buckets(
+    side: str, bucket: Int32[Array, "#B #A L"], keep: Bool[Array, "#B #A L"] | None, num_buckets: int
+) -> tuple[Bool[Array, "_B _A L"], Int32[Array, "_B _A"]]:
+    """Returns which tokens are kept and in a bucket that there is, and how many are kept and in none."""
+    keep = jnp.ones(bucket.shape, bool) if keep is None else keep
+    inside = (bucket >= 0) & (bucket < num_buckets)
+    outside = jnp.sum(keep & ~inside, axis=-1, dtype=jnp.int32)
+    if not isinstance(outside, Tracer) and outside.any():
+        ids = np.asarray(jnp.where(keep, bucket, 0))
+        raise ValueError(
+            f"{side}_group must be in [0, num_buckets={num_buckets}), got ids from {ids.min()} to {ids.max()}."
+        )
+    return keep & inside, outside
+
+
+def raise_on_overflow(side: str, overflow: np.ndarray, capacity: int) -> None:
+    """Raises ValueError where a head keeps more than its capacity."""
+    if not overflow.any():
+        return
+    batch, head = np.unravel_index(int(np.argmax(overflow)), overflow.shape)
+    raise ValueError(
+        f"{side}_capacity={capacity} is too small: head {head} of batch entry {batch} keeps "
+        f"{capacity + overflow[batch, head]} {'queries' if side == 'query' else 'keys'} "
+        f"({np.count_nonzero(overflow)} of {overflow.size} heads keep too many). "
+        f"Raise {side}_capacity, or keep fewer tokens; random_keep and top_keep keep exact counts."
+    )
 
 
 def check_offset(query_offset: Any) -> None:

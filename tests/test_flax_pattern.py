@@ -100,6 +100,15 @@ def test_what_is_missing_is_named(heads, pattern, missing):
         pattern.plan(*heads)
 
 
+def test_buckets_that_there_cannot_be(without_shape_checks):
+    for wrong in ("16", 16.0, True):
+        with pytest.raises(TypeError, match="num_buckets must be a static Python int, got"):
+            Hash(wrong)  # pyright: ignore[reportArgumentType]
+    for wrong in (0, 7):
+        with pytest.raises(ValueError, match=f"num_buckets must be .*at least 2, got {wrong}"):
+            Hash(wrong)
+
+
 def test_rotary_scores_depend_on_the_distance_alone(heads):
     q, _ = heads
     positions = jnp.arange(T, dtype=jnp.int32)[None]

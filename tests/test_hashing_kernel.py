@@ -12,7 +12,7 @@ import sparse_flash_jax as sfj
 from sparse_flash_jax.flax.pattern import Hash
 from sparse_flash_jax.hashing import draw_rotation, hash_sides
 from sparse_flash_jax.kernels.triton.hashing import ROWS, hash_rows
-from tests.gpus import GPUS, lowered, mesh_of, on
+from tests.gpus import GPUS, H100, lowered, mesh_of, on, put_device, put_interpreted
 
 KEY = jax.random.key(5)
 # Shape of x, rotations, buckets.
@@ -110,18 +110,7 @@ def test_opposite_vectors_and_equal_projections():
 @pytest.fixture
 def hashed(monkeypatch):
     """Hashes as with a GPU, whose kernel is interpreted; the shapes that it hashed."""
-    shapes = []
-
-    def kernel(num_buckets):
-        def interpreted(x, rotation, *, centred):
-            shapes.append(x.shape)
-            return hash_rows(x, rotation, centred=centred, interpret=True)
-
-        return interpreted
-
-    monkeypatch.setattr("sparse_flash_jax.hashing.hashing_kernel", kernel)
-    monkeypatch.setattr("jax.lax.platform_dependent", lambda *operands, cuda, default: cuda(*operands))
-    return shapes
+    return put_interpreted(monkeypatch, "sparse_flash_jax.hashing.hashing_kernel", hash_rows)
 
 
 def test_both_sides_by_the_rotations_of_the_keys(hashed):
@@ -141,9 +130,9 @@ def test_shared_queries_and_keys_are_hashed_once(hashed):
 
 def test_layers_and_calls_hash_by_the_kernel(hashed):
     q, k = vectors((1, 70, 2, 16)), vectors((1, 60, 2, 16))
-    sfj.hash_sparse_attention(q, k, k, 8, KEY, implementation="xla")
+    sfj.hash_sparse_attention(q, k, k, 8, KEY)
     Hash(8).plan(q, k, key=KEY)
-    assert len(hashed) == 4
+    assert hashed == [q.shape, k.shape] * 2
 
 
 @pytest.mark.usefixtures("hashed")
@@ -162,25 +151,21 @@ def test_vmap():
     assert_buckets(bucket, x, 8)
 
 
-def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr("sparse_flash_jax.hashing.hashing_kernel", lambda num_buckets: hash_rows)
-
-
 def test_a_gpus_host_hashes_on_its_cpu(monkeypatch):
-    as_on_a_gpu(monkeypatch)
+    put_device(monkeypatch)
     x = vectors((1, 40, 2, 16))
     hashes = jax.jit(lambda x: hash_sides(x, x, 8, KEY, centred=False)[0])
     np.testing.assert_array_equal(hashes(x), sfj.lsh_buckets(x, 8, KEY))
-    with on("NVIDIA H100 80GB HBM3"):
+    with on(H100):
         assert "__gpu$xla.gpu.triton" in lowered(hashes, x)
 
 
 def test_lowers_for_cuda_under_shard_map(monkeypatch):
-    as_on_a_gpu(monkeypatch)
-    mesh, spec = mesh_of("NVIDIA H100 80GB HBM3"), PartitionSpec("data")
+    put_device(monkeypatch)
+    mesh, spec = mesh_of(H100), PartitionSpec("data")
     x = jnp.zeros((jax.device_count(), 300, 2, 64))
     call = jax.shard_map(lambda x: hash_sides(x, x, 8, KEY, centred=False)[0], mesh=mesh, in_specs=spec, out_specs=spec)
-    with on("NVIDIA H100 80GB HBM3"):
+    with on(H100):
         assert "__gpu$xla.gpu.triton" in lowered(call, x)
 
 
@@ -216,3 +201,20 @@ def test_hashed_on_a_gpu(shape, num_rotations, num_buckets, dtype, centred):
 def test_many_more_buckets_on_a_gpu():
     x = vectors((1, 300, 2, 64))
     assert_buckets(sfj.lsh_buckets(x, 1024, KEY), x, 1024)
+
+
+def test_named_xla_uses_no_kernel(monkeypatch):
+    put_device(monkeypatch)
+    q = jax.ShapeDtypeStruct((1, 300, 2, 64), jnp.bfloat16)
+    keep = jax.ShapeDtypeStruct((1, 300, 2), bool)
+
+    def whole(q, keep, implementation):
+        hashed = sfj.hash_sparse_attention(q, q, q, 8, KEY, implementation=implementation)
+        return hashed + sfj.qk_sparse_attention(q, q, q, keep, keep, implementation=implementation)
+
+    for implementation, kernels in (("xla", False), (None, True)):
+        with on(H100):
+            text = lowered(functools.partial(whole, implementation=implementation), q, keep)
+        assert ("__gpu$xla.gpu.triton" in text) == kernels
+    with pytest.raises(ValueError, match="implementation must be None or one of"):
+        sfj.lsh_buckets(vectors((1, 8, 1, 4)), 2, KEY, implementation="cuda")

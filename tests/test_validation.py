@@ -197,6 +197,12 @@ PLANS = {
         "got 2 and 3",
     ),
     "buckets of floats": (lambda: sfj.hash_sparse(Q[..., 0], KEY_GROUP), TypeError, "must be int32", "got float32"),
+    "number of buckets by place": (
+        lambda: sfj.hash_sparse(GROUP, KEY_GROUP, 16),
+        TypeError,
+        "causal must be True or False",
+        "got 16; name the options",
+    ),
     "keeps of integers": (lambda: sfj.qk_sparse(GROUP, KEY_KEEP), TypeError, "must be bool", "got int32"),
     "tiles of none": (lambda: PLAN.stats(block_q=0), ValueError, "block_q must be at least 1", "got 0"),
 }

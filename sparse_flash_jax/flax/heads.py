@@ -71,7 +71,9 @@ def attend(
         The heads' outputs [B T N H] and the plan.
     """
     pattern = resolve(pattern, q, segment_ids, implementation)
-    plan = pattern.plan(q, q if k is None else k, key=key, segment_ids=segment_ids, scores=scores)
+    plan = pattern.plan(
+        q, q if k is None else k, key=key, segment_ids=segment_ids, scores=scores, implementation=implementation
+    )
     k = normalise(q) if k is None else k
     if rope_base is not None:
         positions = jnp.arange(q.shape[1], dtype=jnp.int32)[None] if positions is None else positions

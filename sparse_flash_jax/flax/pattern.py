@@ -16,6 +16,7 @@ from sparse_flash_jax.hashing import hash_sides
 from sparse_flash_jax.patterns import causal, packed, random_keep, top_keep
 from sparse_flash_jax.plan import AttentionPlan
 from sparse_flash_jax.planning import make_plan
+from sparse_flash_jax.validation import at_least
 
 
 class KeepScores(NamedTuple):
@@ -50,6 +51,7 @@ class Dense:
         key: PRNGKeyArray | None = None,
         segment_ids: Int32[Array, "B T"] | None = None,
         scores: KeepScores | None = None,
+        implementation: str | None = None,
     ) -> AttentionPlan:
         """Returns the causal plan, within documents where `segment_ids` [B T] are given."""
         if segment_ids is None:
@@ -74,7 +76,8 @@ class Hash:
     centred: bool = False
 
     def __post_init__(self):
-        if self.num_buckets < 2 or self.num_buckets % 2:
+        at_least("num_buckets", self.num_buckets, 2)
+        if self.num_buckets % 2:
             raise ValueError(f"num_buckets must be even and at least 2, got {self.num_buckets}.")
 
     def plan(
@@ -85,6 +88,7 @@ class Hash:
         key: PRNGKeyArray | None = None,
         segment_ids: Int32[Array, "B T"] | None = None,
         scores: KeepScores | None = None,
+        implementation: str | None = None,
     ) -> AttentionPlan:
         """Returns the plan for rotations drawn from `key`, one for each key head.
 
@@ -94,6 +98,7 @@ class Hash:
             key: PRNG key of the rotations.
             segment_ids: documents [B T]; buckets then do not cross them.
             scores: not used.
+            implementation: as of `sparse_attention`; "xla" hashes and plans without kernels, too.
 
         Raises:
             ValueError: if there is no key, or if documents are to be centred, whose means would go across them.
@@ -102,7 +107,9 @@ class Hash:
             raise ValueError(f"{self} draws random rotations: pass key=jax.random.key(...), a fresh one each step.")
         if self.centred and segment_ids is not None:
             raise ValueError(f"{self} centres whole rows, across documents; leave out segment_ids, or centred.")
-        query_bucket, key_bucket = hash_sides(q, k, self.num_buckets, key, centred=self.centred)
+        query_bucket, key_bucket = hash_sides(
+            q, k, self.num_buckets, key, centred=self.centred, implementation=implementation
+        )
         document = () if segment_ids is None else (segment_ids[..., None],)
         return make_plan(
             query_group=(*document, query_bucket),
@@ -110,6 +117,7 @@ class Hash:
             exclude_self=self.exclude_self,
             window=self.window,
             num_buckets=None if document else self.num_buckets,
+            implementation=implementation,
         )
 
 
@@ -142,6 +150,7 @@ class QK:
         key: PRNGKeyArray | None = None,
         segment_ids: Int32[Array, "B T"] | None = None,
         scores: KeepScores | None = None,
+        implementation: str | None = None,
     ) -> AttentionPlan:
         """Returns the plan for tokens dropped by `key`, or by `scores` where the pattern is scored.
 
@@ -151,6 +160,7 @@ class QK:
             key: PRNG key of random dropping.
             segment_ids: documents [B T].
             scores: scores of queries and keys, for scored dropping.
+            implementation: as of `sparse_attention`; "xla" plans without kernels, too.
 
         Raises:
             ValueError: if the key, or the scores, are missing.
@@ -177,4 +187,5 @@ class QK:
             window=self.window,
             query_capacity=query_count,
             key_capacity=key_count,
+            implementation=implementation,
         )

@@ -29,9 +29,7 @@ from sparse_flash_jax.kernels.tiles import Runs
 from sparse_flash_jax.kernels.tuned import tuned_config
 from sparse_flash_jax.manual_axes import vary_alike
 from sparse_flash_jax.permute import Permutation
-
-IMPLEMENTATIONS = ("mosaic", "triton", "xla")
-"""The fastest first: None picks the first that can do it."""
+from sparse_flash_jax.validation import IMPLEMENTATIONS, check_implementation_name
 
 _HEAD_DIM = 256
 """The largest of the GPU kernels."""
@@ -53,8 +51,7 @@ def check_implementation(implementation: str | None, dtype: Any, head_dim: int, 
         ValueError: if the implementation is unknown, or the tiles are not of its kind.
         NotImplementedError: if it cannot do this.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}.")
+    check_implementation_name(implementation)
     if config is not None and config.fused and head_dim > FUSED_HEAD_DIM:
         raise ValueError(f"config.fused takes head dims up to {FUSED_HEAD_DIM}, got {head_dim}.")
     if implementation is None:
@@ -120,7 +117,7 @@ def by_platform(cuda: Callable[..., Any], default: Callable[..., Any], *operands
 
 
 def _triton_kernel(module: str, name: str) -> Callable[..., Any] | None:
-    if _compute_capability() < _TRITON_CAPABILITY or not has_triton():
+    if not has_gpu_kernels():
         return None
     return getattr(importlib.import_module(f"sparse_flash_jax.kernels.triton.{module}"), name)
 
@@ -170,6 +167,11 @@ def _what_lacks(implementation: str, dtype: Any, head_dim: int, *, interpret: bo
 def default_device_kind() -> str:
     """Returns what JAX calls the default device: "cpu", "NVIDIA H100 80GB HBM3"."""
     return _default_device().device_kind
+
+
+def has_gpu_kernels() -> bool:
+    """Whether this package has kernels for plans, hashes and rows on the default device, and this JAX compiles them."""
+    return _compute_capability() >= _TRITON_CAPABILITY and has_triton()
 
 
 def cudnn_attends(dtype: Any, head_dim: int) -> bool:
