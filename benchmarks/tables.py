@@ -73,7 +73,7 @@ def _speed_up() -> str:
         dense = of_length[0]["seconds"][f"dense_{BOTH}"]
         speedups = [record["speedup"][BOTH] for record in of_length]
         rows.append([str(length), f"{dense * 1e3:.2f} ms", *(f"{x:.1f}x" for x in speedups)])
-    return f"{_markdown(rows)}\n\n{_source(environment, 'density.py')}."
+    return f"{_markdown(rows)}\n\n{_source(environment)}."
 
 
 def _end_to_end() -> str:
@@ -91,13 +91,14 @@ def _end_to_end() -> str:
                 f"{peaks[0]:.0f}, {peaks[1]:.0f} MiB",
             ]
         )
-    return f"{_markdown(rows)}\n\n{_source(environment, 'attention.py')}."
+    return f"{_markdown(rows)}\n\n{_source(environment)}."
 
 
 def _training_step() -> str:
-    """Steps by length: milliseconds, tokens a second and MFU, and how much faster centred buckets make them."""
+    """Steps by length: milliseconds, tokens a second, MFU, what is visible, and how much faster than dense ones."""
     result = json.loads((RESULTS / STEPS).read_text())
-    rows = [["T", "attention", "ms a step", "tokens/s", "MFU", "visible pairs", "over cuDNN", "over Pallas-Triton"]]
+    speeds = ["ms a step", "of all samples", "tokens/s", "MFU"]
+    rows = [["T", "attention", *speeds, "visible, first to last step", "over cuDNN", "over Pallas-Triton"]]
     for step in result["steps"]:
         over = [step["speedup"].get(f"over_{name}") for name in ("dense", "mha")]
         rows.append(
@@ -105,13 +106,14 @@ def _training_step() -> str:
                 str(step["length"]),
                 _words(step["attention"]),
                 f"{1e3 * step['seconds']['median']:.1f}",
+                " to ".join(f"{1e3 * step['seconds'][name]:.1f}" for name in ("best", "worst")),
                 f"{step['tokens_per_second'] / 1e3:.0f} k",
                 f"{step['mfu']:.2f}",
-                "" if step["visible"] is None else f"{step['visible']['last']:.3g}",
+                "" if step["visible"] is None else " to ".join(f"{step['visible'][x]:.3g}" for x in ("first", "last")),
                 *("" if x is None else f"{x:.2f}x" for x in over),
             ]
         )
-    return f"{_markdown(rows)}\n\n{_source(result['environment'], 'train_step.py')}."
+    return f"{_markdown(rows)}\n\n{_source(result['environment'])}."
 
 
 def _words(name: str) -> str:
@@ -135,7 +137,7 @@ def _break_even(measured: dict[str, Any]) -> str:
             rate = "never" if dropped is None else f"{100 * (1 - math.sqrt(dropped)):.0f} %"
             densities = ["-" if x is None else f"{x:.2f}" for x in (hashed, dropped)]
             rows.append([kind, str(row["length"]), buckets, densities[0], rate, densities[1]])
-    sources = "; ".join(_source(measured[kind]["environment"], "density.py") for kind in sorted(measured))
+    sources = "; ".join(_source(measured[kind]["environment"]) for kind in sorted(measured))
     return f"{_markdown(rows)}\n\n{sources}."
 
 
@@ -158,10 +160,11 @@ def break_even(pairs: list[list[float]], dense: float) -> float | None:
     return 1.0
 
 
-def _source(environment: dict[str, Any], script: str) -> str:
+def _source(environment: dict[str, Any]) -> str:
     device = environment["device"].removeprefix("1 x ")
     where = f"{environment['processor']}, {environment['cores']} cores" if device == "cpu" else device
-    return f"`python benchmarks/{script}` on {where}, jax {environment['jax']}, commit {environment['commit'][:7]}"
+    command = " ".join(environment["command"].split()[:2])  # its options are in the result
+    return f"`{command}` on {where}, jax {environment['jax']}, commit {environment['commit'][:7]}"
 
 
 def _markdown(rows: list[list[str]]) -> str:
