@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from sparse_flash_jax.kernels.implementations import by_platform, hashing_kernel
+from sparse_flash_jax.partitioning import by_batch_and_head
 from sparse_flash_jax.validation import FLOAT_DTYPES, check_array, check_implementation_name, positive_int
 
 
@@ -50,10 +51,7 @@ def lsh_buckets(
     rotation = draw_rotation(x, num_buckets, key, num_rotations)
     check_implementation_name(implementation)
     hash_rows = None if implementation == "xla" else hashing_kernel(num_buckets)
-    if hash_rows is None:
-        return _hash(x, rotation, centred=centred)
-    by_kernel, by_xla = (functools.partial(way, centred=centred) for way in (hash_rows, _hash))
-    return by_platform(by_kernel, by_xla, lax.stop_gradient(x), rotation)
+    return _buckets(lax.stop_gradient(x), rotation, hash_rows=hash_rows, centred=centred)
 
 
 def hash_sides(
@@ -88,6 +86,14 @@ def draw_rotation(
         raise ValueError(f"num_rotations must divide the number of heads {heads}, got {num_rotations}.")
     rotation = jax.random.normal(key, (num_rotations, head_dim, num_buckets // 2), jnp.float32)
     return rotation / jnp.linalg.norm(rotation, axis=1, keepdims=True)
+
+
+@functools.partial(jax.jit, static_argnames=("hash_rows", "centred"))
+def _buckets(x, rotation, *, hash_rows, centred) -> Int32[Array, "B T N"]:
+    make = by_xla = functools.partial(_hash, centred=centred)
+    if hash_rows is not None:
+        make = functools.partial(by_platform, functools.partial(hash_rows, centred=centred), by_xla)
+    return by_batch_and_head(make, (x, rotation), ("b-n-", "k--"), "b-n")
 
 
 def _hash(x: Float[Array, "B T N H"], rotation: Float32[Array, "K H R"], *, centred: bool) -> Int32[Array, "B T N"]:

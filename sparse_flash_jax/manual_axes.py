@@ -20,5 +20,10 @@ def vary_alike[Tree](tree: Tree) -> Tree:
     return jax.tree.map(vary, tree)
 
 
+def varies(tree: Any) -> bool:
+    """Whether any of the arrays is a device's own part under `shard_map` or `pmap`."""
+    return any(_varying(x) for x in jax.tree.leaves(tree))
+
+
 def _varying(x: Any) -> frozenset:
     return jax.typeof(x).manual_axis_type.varying

@@ -15,9 +15,10 @@ from jaxtyping import Array, Bool, Int32
 
 from sparse_flash_jax.kernels.implementations import by_platform, counting_kernels
 from sparse_flash_jax.kernels.tiles import Runs
-from sparse_flash_jax.plan import AttentionPlan, repeat_heads
+from sparse_flash_jax.partitioning import by_batch_and_head
+from sparse_flash_jax.plan import AttentionPlan
 from sparse_flash_jax.rule import Rule
-from sparse_flash_jax.sorting import SortedTokens, count_below, largest_group, sort_tokens
+from sparse_flash_jax.sorting import largest_group, runs_between, sort_tokens
 from sparse_flash_jax.validation import (
     check_implementation_name,
     check_num_buckets,
@@ -174,13 +175,25 @@ def _can_count(buckets: int | None, rule: Rule, query_offset: int | Array, *, cu
 @functools.partial(jax.jit, static_argnames=("count_tokens", "lengths", "rule", "slots", "num_buckets"))
 def _plan(queries, keys, query_offset, *, count_tokens, lengths, rule, slots, num_buckets) -> AttentionPlan:
     options = {"rule": rule, "slots": slots, "num_buckets": num_buckets}
-    by_sorting = functools.partial(_plan_by_sorting, lengths=lengths, **options)
-    if count_tokens is None:
-        plan = by_sorting(queries, keys, query_offset)
-    else:
+    make = by_sorting = functools.partial(_plan_by_sorting, lengths=lengths, **options)
+    if count_tokens is not None:
         by_counting = functools.partial(_plan_by_counting, count_tokens=count_tokens, **options)
-        plan = by_platform(by_counting, by_sorting, queries, keys, query_offset)
+        make = functools.partial(by_platform, by_counting, by_sorting)
+    axes = *(jax.tree.map(lambda _, axes=axes: axes, side) for side, axes in ((queries, "bn-"), (keys, "bk-"))), ""
+    results = _plan_axes(queries, queries if keys is None else keys, lengths, slots)
+    plan = by_batch_and_head(make, (queries, keys, query_offset), axes, results)
     return jax.tree.map(lambda x: checkpoint_name(x, PLAN_NAME), plan)
+
+
+def _plan_axes(queries, keys, lengths, slots) -> AttentionPlan:
+    """The axes of a plan's arrays, as `by_batch_and_head` has them; None of those that a plan like this has not."""
+    query_axes, key_axes = (
+        axes if any(x is not None for x in jax.tree.leaves(side)) or capacity < length else None
+        for axes, side, length, capacity in zip(("bn-", "bk-"), (queries, keys), lengths, slots, strict=True)
+    )
+    groups, _ = queries
+    of_orders, runs = [query_axes] * 2 + [key_axes] * 2, Runs._make(["bn-"] * 4)
+    return AttentionPlan._make([*of_orders, runs, "bn", "bk", "bk", "bk" if groups else None])
 
 
 def _plan_by_counting(queries, keys, _query_offset, *, count_tokens, rule, slots, num_buckets) -> AttentionPlan:
@@ -217,8 +230,8 @@ def _plan_by_sorting(query_side, key_side, query_offset, *, lengths, rule, slots
         key_groups, key_keep = key_side
         keys = sort_tokens(key_groups, key_keep, lengths[1], slots[1], num_buckets)
     heads = max(queries.num_kept.shape[1], keys.num_kept.shape[1])
-    k_start, k_stop = _runs(queries, keys, rule.keys_seen(queries.position + query_offset, lengths[1]), heads)
-    q_start, q_stop = _runs(keys, queries, rule.queries_seeing(keys.position - query_offset, lengths[0]), heads)
+    k_start, k_stop = runs_between(queries, keys, rule.keys_seen(queries.position + query_offset, lengths[1]), heads)
+    q_start, q_stop = runs_between(keys, queries, rule.queries_seeing(keys.position - query_offset, lengths[0]), heads)
     return AttentionPlan(
         queries.order,
         queries.slot,
@@ -230,19 +243,3 @@ def _plan_by_sorting(query_side, key_side, query_offset, *, lengths, rule, slots
         keys.num_kept,
         largest_group(keys) if keys.groups else None,
     )
-
-
-def _runs(
-    rows: SortedTokens,
-    columns: SortedTokens,
-    bounds: tuple[Int32[Array, "#B #A C"], Int32[Array, "#B #A C"]],
-    heads: int,
-) -> tuple[Int32[Array, "_B N C"], Int32[Array, "_B N C"]]:
-    """Slots of the columns that each row sees, where it sees the positions between the bounds of its own group."""
-    rows, columns = (jax.tree.map(lambda x: repeat_heads(x, heads), side) for side in (rows, columns))
-    lower, upper = (repeat_heads(x, heads) for x in bounds)
-    start = count_below(columns, rows.groups, lower)
-    stop = jnp.maximum(start, count_below(columns, rows.groups, upper))
-    # Dropped rows come last: an empty run behind the kept columns keeps the bounds monotone.
-    kept, end = rows.kept(), columns.num_kept[..., None]
-    return jnp.where(kept, start, end), jnp.where(kept, stop, end)

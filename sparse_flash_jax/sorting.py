@@ -1,15 +1,17 @@
-"""The sort under every plan: tokens ordered by (dropped, group, position), and binary searches among them.
+"""The sort under every plan: tokens ordered by (dropped, group, position), and binary searches for runs among them.
 
 A lexicographic sort rather than one on `group * length + position`, so that any int32 group id is right at any length.
 """
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int32
 
 from sparse_flash_jax.manual_axes import vary_alike
+from sparse_flash_jax.plan import repeat_heads
 
 
 class SortedTokens(NamedTuple):
@@ -117,6 +119,22 @@ def count_below(
 
     # Unrolled, the same search takes four times as long to compile, and as long or longer to run, on a CPU.
     return lax.fori_loop(0, bits, halve, none_yet)
+
+
+def runs_between(
+    rows: SortedTokens,
+    columns: SortedTokens,
+    bounds: tuple[Int32[Array, "#B #A C"], Int32[Array, "#B #A C"]],
+    heads: int,
+) -> tuple[Int32[Array, "_B N C"], Int32[Array, "_B N C"]]:
+    """Slots of the columns that each row sees, where it sees the positions between the bounds of its own group."""
+    rows, columns = (jax.tree.map(lambda x: repeat_heads(x, heads), side) for side in (rows, columns))
+    lower, upper = (repeat_heads(x, heads) for x in bounds)
+    start = count_below(columns, rows.groups, lower)
+    stop = jnp.maximum(start, count_below(columns, rows.groups, upper))
+    # Dropped rows come last: an empty run behind the kept columns keeps the bounds monotone.
+    kept, end = rows.kept(), columns.num_kept[..., None]
+    return jnp.where(kept, start, end), jnp.where(kept, stop, end)
 
 
 def largest_group(tokens: SortedTokens) -> Int32[Array, "B A"]:

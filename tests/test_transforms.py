@@ -126,7 +126,7 @@ def test_named_residuals_are_not_made_twice(arrays, how, forwards, moves, sorts)
     assert calls(jaxpr, "_backward") == 1
     assert primitives(jaxpr).count("sort") == sorts
     assert calls(jaxpr, "_attend") == forwards
-    assert calls(jaxpr, "to_slots") == moves
+    assert calls(jaxpr, "_to_slots") == moves
 
 
 def layer(x, key):

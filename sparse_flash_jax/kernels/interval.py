@@ -6,6 +6,7 @@ and so is the way of rows into slot order and back, which backward passes go thr
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from sparse_flash_jax.kernels.padding import extend_bounds
 from sparse_flash_jax.kernels.rows import row_kernels, sum_of_products, to_positions, to_slots, to_slots_with_delta
 from sparse_flash_jax.kernels.tiles import Runs
 from sparse_flash_jax.manual_axes import vary_alike
+from sparse_flash_jax.partitioning import by_batch_and_head
 from sparse_flash_jax.permute import Permutation, identity
 
 RESIDUAL_NAMES = ("sparse_attention_o", "sparse_attention_lse")
@@ -32,6 +34,9 @@ RESIDUAL_NAMES = ("sparse_attention_o", "sparse_attention_lse")
 
 ROWS_NAME = "sparse_attention_rows"
 """`checkpoint_name` of q, k and v by slot: a remat policy that saves them, too, does not move them twice."""
+
+# Axes of q, k and v, and of runs, as `by_batch_and_head` has them.
+_BY_POSITION, _BY_SLOT, _RUNS = ("b-n-", "b-k-", "b-k-"), ("bn--", "bk--", "bk--"), Runs._make(["bn-"] * 4)
 
 
 def interval_attention(
@@ -131,19 +136,19 @@ def _forward(q, k, v, runs, orders, scale, implementation, config):
         o, lse = _attend(q, k, v, runs, None, scale, implementation, config)
     else:
         rows = row_kernels(implementation, interpret=config.interpret)
-        q, k, v = _to_slots((q, k, v), (orders[0], orders[1], orders[1]), rows, whole_slots(implementation))
+        q, k, v = _to_slots(q, k, v, orders, rows, whole_slots(implementation))
         q, k, v = (checkpoint_name(x, ROWS_NAME) for x in (q, k, v))
-        order = order_to_write(implementation, config, orders[0])
-        o, lse = _attend(q, k, v, _extended(runs, q, k), order, scale, implementation, config)
-        if order is None:
-            (o,) = _to_positions((o,), orders[:1], rows)
-        lse = lse[..., : runs.k_start.shape[2]]
+        o, lse = _attend(q, k, v, runs, orders, scale, implementation, config)
     o, lse = (checkpoint_name(x, name) for x, name in zip((o, lse), RESIDUAL_NAMES, strict=True))
     return (o, lse), (q, k, v, runs, orders, o, lse)
 
 
-_to_slots = jax.jit(to_slots, static_argnums=(2, 3))
-_to_positions = jax.jit(to_positions, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _to_slots(q, k, v, orders, rows, whole):
+    def move(q, k, v, orders):
+        return to_slots((q, k, v), (orders[0], orders[1], orders[1]), rows, whole)
+
+    return by_batch_and_head(move, (q, k, v, orders), (*_BY_POSITION, _letters(orders)), _BY_SLOT)
 
 
 def _extended(runs: Runs, q: Float[Array, "B N T H"], k: Float[Array, "B K S H"]) -> Runs:
@@ -153,14 +158,33 @@ def _extended(runs: Runs, q: Float[Array, "B N T H"], k: Float[Array, "B K S H"]
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7))
-def _attend(q, k, v, runs, order, scale, implementation, config):
-    return kernels_of(implementation).forward(q, k, v, runs, scale=scale, config=config, **_given(order))
+def _attend(q, k, v, runs, orders, scale, implementation, config):
+    forward = functools.partial(kernels_of(implementation).forward, scale=scale, config=config)
+
+    def attend(q, k, v, runs, orders):
+        if orders is None:
+            return forward(q, k, v, runs)
+        order = order_to_write(implementation, config, orders[0])
+        o, lse = forward(q, k, v, _extended(runs, q, k), **_given(order))
+        if order is None:
+            (o,) = to_positions((o,), orders[:1], row_kernels(implementation, interpret=config.interpret))
+        return o, lse[..., : runs.k_start.shape[2]]
+
+    axes = *_BY_SLOT, _RUNS, _letters(orders)
+    return by_batch_and_head(attend, (q, k, v, runs, orders), axes, (_o_letters(orders), "bn-"))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _backward(scale, implementation, config, residuals, cotangents):
     q, k, v, runs, orders, o, lse = residuals
-    do, dlse = cotangents
+    operands = q, k, v, runs, orders, o, lse, *cotangents
+    o_letters, by = _o_letters(orders), _BY_SLOT if orders is None else _BY_POSITION
+    axes = *_BY_SLOT, _RUNS, _letters(orders), o_letters, "bn-", o_letters, "bn-"
+    gradients = functools.partial(_gradients, scale, implementation, config)
+    return *by_batch_and_head(gradients, operands, axes, by, summed=True), None, None
+
+
+def _gradients(scale, implementation, config, q, k, v, runs, orders, o, lse, do, dlse):
     rows = row_kernels(implementation, interpret=config.interpret)
     if orders is None:
         delta = sum_of_products(o, do)
@@ -182,7 +206,21 @@ def _backward(scale, implementation, config, residuals, cotangents):
         dk, dv = kernels.backward_dkv(*operands, scale=scale, config=config, **_given(written[1]))
     if orders is not None and written == (None, None):
         dq, dk, dv = to_positions((dq, dk, dv), (orders[0], orders[1], orders[1]), rows)
-    return dq, dk, dv, None, None
+    return dq, dk, dv
+
+
+def _o_letters(orders: Any) -> str:
+    return _BY_SLOT[0] if orders is None else _BY_POSITION[0]
+
+
+def _letters(orders: Any) -> Any:
+    """The axes of orders, as `by_batch_and_head` has them."""
+    if orders is None:
+        return None
+    return tuple(
+        None if side is None else Permutation._make([axes] * 2)
+        for side, axes in zip(orders, ("bn-", "bk-"), strict=True)
+    )
 
 
 def _given(order: Array | None) -> dict[str, Array]:

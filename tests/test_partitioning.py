@@ -1,0 +1,170 @@
+"""Plain `jit` over many devices: the numbers of one device, and nothing moves between them."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import sparse_flash_jax as sfj
+from tests.test_transforms import assert_same, attended
+
+BATCH, LENGTH, HEAD_DIM, BUCKETS = 4, 40, 8, 4
+MOVES = re.compile(r"\b(all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute)(-start)?\(")
+KEY = jax.random.key(3)
+KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+
+
+def planned_from_ids(q, k, v, do, query_bucket, key_bucket):
+    return attended(q, k, v, do, sfj.hash_sparse(query_bucket, key_bucket, exclude_self=True))
+
+
+def hashed(q, k, v, do, *_):
+    ids = sfj.lsh_buckets(q, BUCKETS, KEY, num_rotations=k.shape[2]), sfj.lsh_buckets(k, BUCKETS, KEY, centred=True)
+    return attended(q, k, v, do, sfj.hash_sparse(*ids, num_buckets=BUCKETS))
+
+
+def dropped(q, k, v, do, query_bucket, key_bucket):
+    plan = sfj.qk_sparse(query_bucket > 0, key_bucket > 1, query_capacity=LENGTH - 1)
+    return attended(q, k, v, do, plan)
+
+
+def chosen(q, k, v, do, *_):
+    keep = sfj.top_keep(q[..., 0], LENGTH // 2), sfj.random_keep(KEY, k.shape[:3], 0.5)
+    return attended(q, k, v, do, sfj.qk_sparse(*keep, query_capacity=LENGTH // 2, key_capacity=LENGTH // 2))
+
+
+def packed(q, k, v, do, *_):
+    documents = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32)[None] // 7, (BATCH, LENGTH))
+    return attended(q, k, v, do, sfj.packed(documents))
+
+
+def causal(q, k, v, do, *_):
+    return attended(q, k, v, do, sfj.causal(LENGTH, window=9))
+
+
+def arrays(heads, key_heads):
+    """q, k, v, a cotangent, and bucket ids of queries and keys."""
+    rng = np.random.default_rng(heads + key_heads)
+    queries, keys = (BATCH, LENGTH, heads), (BATCH, LENGTH, key_heads)
+    q, k, v, do = (
+        jnp.asarray(rng.standard_normal((*s, HEAD_DIM)), jnp.float32) for s in (queries, keys, keys, queries)
+    )
+    return q, k, v, do, *(jnp.asarray(rng.integers(0, BUCKETS, s), jnp.int32) for s in (queries, keys))
+
+
+def divided(operands, kind, over, shape=(2, 4)):
+    """The operands over a mesh, batch and heads divided as `over` says, what has one head over the batch alone."""
+    mesh = jax.make_mesh(shape, ("data", "tensor"), axis_types=(kind,) * 2)
+    batch, heads = over
+
+    def put(x):
+        spec = PartitionSpec(batch, None, heads if x.shape[2] > 1 else None, *[None] * (x.ndim - 3))
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(put, operands)
+
+
+def moved(compiled):
+    """What a program moves between devices."""
+    return {found[0] for found in MOVES.findall(compiled.as_text())}
+
+
+def assert_as_on_one_device(function, operands, over, kind, *, moves=()):
+    expected = jax.jit(function)(*operands)
+    parts = divided(operands, kind, over)
+    compiled = jax.jit(function).lower(*parts).compile()
+    assert moved(compiled) == set(moves)
+    got = compiled(*parts)
+    assert_same(got, expected)
+    return got, parts
+
+
+@KINDS
+@pytest.mark.parametrize("function", [planned_from_ids, hashed, dropped, chosen, packed, causal])
+def test_nothing_moves(function, kind):
+    got, parts = assert_as_on_one_device(function, arrays(8, 4), ("data", "tensor"), kind)
+    for x, part in zip((got[0], *got[2:]), (parts[0], *parts[:3]), strict=True):
+        assert x.sharding.is_equivalent_to(part.sharding, x.ndim)
+
+
+@KINDS
+@pytest.mark.parametrize("over", [("data", None), (None, "tensor"), (("data", "tensor"), None), (None, ("data",))])
+def test_any_mesh_axes(over, kind):
+    heads = 8
+    operands = [jnp.concatenate([x, x]) for x in arrays(heads, 4)] if isinstance(over[0], tuple) else arrays(heads, 4)
+    assert_as_on_one_device(planned_from_ids, operands, over, kind)
+
+
+@KINDS
+def test_one_key_head_for_all(kind):
+    """Each device has a part of its query heads, and what they add to its gradients is summed."""
+    assert_as_on_one_device(hashed, arrays(4, 1), ("data", "tensor"), kind, moves=["all-reduce"])
+
+
+def test_more_devices_than_key_heads():
+    """Nothing to divide: heads are gathered, and the numbers are right."""
+    operands = arrays(8, 2)
+    expected = jax.jit(planned_from_ids)(*operands)
+    q, k, v, do, query_bucket, key_bucket = operands
+    parts = divided((q, do, query_bucket), AxisType.Auto, ("data", "tensor"))
+    shared = divided((k, v, key_bucket), AxisType.Auto, ("data", None))
+    got = jax.jit(planned_from_ids)(parts[0], shared[0], shared[1], parts[1], parts[2], shared[2])
+    assert_same(got, expected)
+
+
+def test_a_plan_that_all_share():
+    """Of one batch entry and head: it is whole on every device."""
+    q, k, v, do, *_ = arrays(8, 8)
+    bucket = jnp.asarray(np.random.default_rng(0).integers(0, BUCKETS, (1, LENGTH, 1)), jnp.int32)
+
+    def alike(q, k, v, do, bucket):
+        return attended(q, k, v, do, sfj.hash_sparse(bucket, bucket))
+
+    expected = jax.jit(alike)(q, k, v, do, bucket)
+    parts = divided((q, k, v, do), AxisType.Auto, ("data", "tensor"))
+    compiled = jax.jit(alike).lower(*parts, bucket).compile()
+    assert not moved(compiled)
+    assert_same(compiled(*parts, bucket), expected)
+
+
+@KINDS
+@pytest.mark.parametrize("how", ["remat", "scan"])
+def test_inside_of_others(how, kind):
+    def attend(q, k, v):
+        return sfj.hash_sparse_attention(q, k, v, BUCKETS, KEY)
+
+    def loss(q, k, v):
+        if how == "remat":
+            policy = jax.checkpoint_policies.save_only_these_names(*sfj.RESIDUAL_NAMES, sfj.PLAN_NAME)
+            return jnp.sum(jax.checkpoint(attend, policy=policy)(q, k, v) ** 2)
+        return jnp.sum(jax.lax.scan(lambda x, _: (attend(x, k, v), None), q, length=2)[0] ** 2)
+
+    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    operands = arrays(4, 4)[:3]
+    for got, expected in zip(step(*divided(operands, kind, ("data", "tensor"))), step(*operands), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)  # the loss is not linear: roundings grow
+
+
+def test_vmap_is_right_but_gathers():
+    q, k, v, *_ = arrays(4, 4)
+    attend = functools.partial(sfj.hash_sparse_attention, num_buckets=BUCKETS, key=KEY)
+    mapped = jax.jit(jax.vmap(attend))
+    split = [x.reshape(2, 2, *x.shape[1:]) for x in (q, k, v)]
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    place = NamedSharding(mesh, PartitionSpec(None, "data", None, "tensor"))
+    got = mapped(*(jax.device_put(x, place) for x in split))
+    assert_same((got.reshape(q.shape),), (attend(q, k, v),))
+
+
+@KINDS
+def test_outside_of_jit(kind):
+    q, k, v, *_ = arrays(4, 4)
+    parts = divided((q, k, v), kind, ("data", "tensor"))
+    got, expected = (sfj.hash_sparse_attention(q, k, v, BUCKETS, KEY) for q, k, v in (parts, (q, k, v)))
+    assert_same((got,), (expected,))
