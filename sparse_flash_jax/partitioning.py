@@ -56,6 +56,7 @@ def by_batch_and_head(
     results: Any,
     *,
     summed: bool = False,
+    divisible: bool = True,
 ) -> Any:
     """Returns `function(*operands)`, computed by batch entry and head where the operands are divided by these.
 
@@ -65,9 +66,11 @@ def by_batch_and_head(
         axes: the letters of each operand's axes, in the same structure.
         results: those of what it returns.
         summed: whether what comes out by key head is a sum over its query heads.
+        divisible: false of a function with side effects, as Pallas' interpreter has: it is called as it is.
     """
     leaves, tree = jax.tree.flatten(operands)
-    if jax.device_count() == 1 or varies(operands):  # or each device is told what to do, as in `shard_map`
+    # In `shard_map` and `pmap` each device is told what to do already.
+    if not divisible or jax.device_count() == 1 or varies(operands):
         return function(*operands)
     flat = lambda *leaves: tuple(jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves))))
     letters, result_letters = tuple(jax.tree.leaves(axes)), tuple(jax.tree.leaves(results))

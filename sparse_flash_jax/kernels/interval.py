@@ -171,7 +171,8 @@ def _attend(q, k, v, runs, orders, scale, implementation, config):
         return o, lse[..., : runs.k_start.shape[2]]
 
     axes = *_BY_SLOT, _RUNS, _letters(orders)
-    return by_batch_and_head(attend, (q, k, v, runs, orders), axes, (_o_letters(orders), "bn-"))
+    results, divisible = (_o_letters(orders), "bn-"), not config.interpret
+    return by_batch_and_head(attend, (q, k, v, runs, orders), axes, results, divisible=divisible)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -181,7 +182,8 @@ def _backward(scale, implementation, config, residuals, cotangents):
     o_letters, by = _o_letters(orders), _BY_SLOT if orders is None else _BY_POSITION
     axes = *_BY_SLOT, _RUNS, _letters(orders), o_letters, "bn-", o_letters, "bn-"
     gradients = functools.partial(_gradients, scale, implementation, config)
-    return *by_batch_and_head(gradients, operands, axes, by, summed=True), None, None
+    divisible = not config.interpret
+    return *by_batch_and_head(gradients, operands, axes, by, summed=True, divisible=divisible), None, None
 
 
 def _gradients(scale, implementation, config, q, k, v, runs, orders, o, lse, do, dlse):
