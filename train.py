@@ -11,22 +11,25 @@ from flax import nnx
 from rich.console import Console
 
 from training.batches import Batches, EvaluationBatch, evaluation_batches
+from training.check import check
 from training.checkpoint import Checkpoints, restore
-from training.cli import parse
+from training.cli import read_settings
 from training.config import TrainConfig
 from training.data import Corpus, load_corpus
 from training.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from training.evaluation import Evaluation, evaluate, unigram
+from training.mesh import Layout, make_layout
 from training.metrics import MetricsLog, recent_mean
 from training.model import automatic_choice, resolved_identity, transformer_config
 from training.optimizer import learning_rate, make_optimizer
 from training.plot import plot_loss
+from training.processes import JointStop, check_same_text, is_first, join, leave_others
 from training.progress import TrainProgress
 from training.report import Report
-from training.run_folder import RunFolder, choose_folder
+from training.run_folder import RunFolder, choose_folder_together
 from training.sampling import continue_held_out
 from training.saved_config import write_config
-from training.step import StepMetrics, TrainState, init_state, make_evaluation_step, make_train_step
+from training.step import StepMetrics, TrainState, init_state, make_evaluation_step, make_train_step, structure_of
 from training.stopping import StopRequest
 from training.throughput import Throughput
 from training.tokens import Tokenizer, load_tokenizer
@@ -39,13 +42,14 @@ class Run(NamedTuple):
     folder: RunFolder
     tokenizer: Tokenizer
     corpus: Corpus
+    layout: Layout
     structure: nnx.GraphDef
     train_step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
     evaluation_step: Callable[..., jax.Array]
     checkpoints: Checkpoints
     metrics: MetricsLog
     console: Console
-    stop: StopRequest
+    stop: JointStop
 
     def held_out(self, windows: int) -> list[EvaluationBatch]:
         """So many windows of the held-out text."""
@@ -56,27 +60,36 @@ class Run(NamedTuple):
 def main(arguments: Sequence[str]) -> int:
     """Runs the command line; returns the exit status."""
     try:
-        config = parse(arguments)
+        config = read_settings(arguments)
+        join(config.distributed)
+        check(config)
         with StopRequest(config.max_minutes) as stop:
-            train(config, stop, Console())
+            train(config, JointStop(stop), Console(quiet=not is_first()))
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except NonFiniteLossError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        leave_others(error)
     return 0
 
 
-def train(config: TrainConfig, stop: StopRequest, console: Console) -> None:
+def train(config: TrainConfig, stop: JointStop, console: Console) -> None:
     """Trains, from the settings to the sample."""
-    folder = choose_folder(config)
+    layout = make_layout(config)
+    folder = choose_folder_together(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     corpus = load_corpus(config.data, tokenizer, config.batch.length)
 
+    check_same_text(corpus.fingerprint)
+
     model_config = transformer_config(config, tokenizer.vocab_size)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    structure, state = init_state(model_config, optimizer, config.seed)
+    structure, state = init_state(model_config, optimizer, config.seed, layout)
     belongs_to = resolved_identity(config) | {"text": corpus.fingerprint}
     if folder.resume_from is not None:
         state = restore(folder.resume_from, state, belongs_to)
@@ -87,15 +100,21 @@ def train(config: TrainConfig, stop: StopRequest, console: Console) -> None:
         folder=folder,
         tokenizer=tokenizer,
         corpus=corpus,
+        layout=layout,
         structure=structure,
-        train_step=make_train_step(structure, optimizer, config.seed, end_token),
-        evaluation_step=make_evaluation_step(structure, config.seed, end_token),
+        train_step=make_train_step(
+            structure_of(layout.training_model(model_config)), optimizer, config.seed, end_token, layout
+        ),
+        evaluation_step=make_evaluation_step(
+            structure_of(layout.evaluation_model(model_config)), config.seed, end_token
+        ),
         checkpoints=Checkpoints(folder.checkpoints, config.checkpoint.keep, belongs_to),
-        metrics=MetricsLog(folder.metrics, int(state.step)),
+        metrics=MetricsLog(folder.metrics if is_first() else None, int(state.step)),
         console=console,
         stop=stop,
     )
-    write_config(folder.config, config)
+    if is_first():
+        write_config(folder.config, config)
     introduce(run, state)
     with contextlib.closing(run.metrics), run.checkpoints:
         state, tokens_per_second = loop(run, state)
@@ -108,13 +127,16 @@ def loop(run: Run, state: TrainState) -> tuple[TrainState, float]:
     config = run.config
     batches = Batches(run.corpus.train.tokens, config.batch, config.seed)
     held_out = run.held_out(config.evaluation.windows)
+    part, parts = run.layout.shard
+    rows = slice(part * config.batch.size // parts, (part + 1) * config.batch.size // parts)
     done = int(state.step)
     unread: StepMetrics | None = None
     throughput = Throughput()
     with TrainProgress(done, config.steps, run.console) as progress:
         report = Report(config, learning_rate(config.optimizer, config.steps), run.metrics, progress, throughput)
         while done < config.steps:
-            state, measured = run.train_step(state, batches.at(done))
+            run.stop.ask()
+            state, measured = run.train_step(state, run.layout.place(batches.at(done)[:, rows]))
             # The device is busy with this step while the one before it is read.
             if unread is not None:
                 report_or_stop(run, report, done, unread)
@@ -130,7 +152,7 @@ def loop(run: Run, state: TrainState) -> tuple[TrainState, float]:
             throughput.pause()
             # Evaluated before it is saved: going on from a checkpoint, its evaluation is not missing.
             if evaluating:
-                quality = evaluate(run.evaluation_step, state.params, held_out)
+                quality = evaluate(run.evaluation_step, state.params, held_out, run.layout)
                 run.metrics.write("evaluation", done, **quality._asdict())
                 progress.say(
                     f"step {done}: held-out loss {quality.loss:.3f}, {quality.bits_per_byte:.3f} bits per byte"
@@ -169,7 +191,8 @@ def introduce(run: Run, state: TrainState) -> None:
     train_bytes = int(corpus.train.byte_counts.sum())
     batch = config.batch
     lines = [
-        f"device  {jax.devices()[0].device_kind}, jax {jax.__version__}",
+        f"device  {jax.devices()[0].device_kind}, jax {jax.__version__}, {run.layout}"
+        + (f", {jax.process_count()} processes" if jax.process_count() > 1 else ""),
         f"text    {config.data.source}: {corpus.train.documents:,} documents, {train_bytes / 1e6:.1f} MB to train on,"
         f" {corpus.held_out.byte_counts.sum() / 1e6:.2f} MB held out",
         f"model   {parameters / 1e6:.2f} M parameters, {config.model.layers} layers, attention"
@@ -198,10 +221,13 @@ def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
         run.metrics.write("end", done, reason=reason)
     else:
         held_out = run.held_out(run.config.evaluation.final_windows)
-        quality = evaluate(run.evaluation_step, state.params, held_out)
+        quality = evaluate(run.evaluation_step, state.params, held_out, run.layout)
+        params = run.layout.whole(state.params)
+        if not is_first():
+            return
         baseline = unigram(run.corpus.train, run.tokenizer.vocab_size, held_out)
         run.metrics.write("final", done, **quality._asdict(), unigram=baseline._asdict())
-        text = continue_held_out(run.config, run.structure, state.params, run.corpus.held_out, run.tokenizer)
+        text = continue_held_out(run.config, run.structure, params, run.corpus.held_out, run.tokenizer)
         if text is not None:
             run.folder.sample.write_text(text.prompt + text.continuation, "utf-8")
             say(f"\n--- held-out text ---\n{text.prompt}\n--- its sampled continuation ---\n{text.continuation}\n---")
@@ -216,6 +242,8 @@ def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
     say(f"speed      {tokens_per_second:,.0f} tokens/s")
     say(f"metrics    {run.folder.metrics}")
     say(f"checkpoint {run.folder.checkpoints / str(done) if done else 'none'}")
+    if not is_first():
+        return
     drawn = plot_loss(run.folder.metrics, run.folder.plot, None if baseline is None else baseline.loss)
     say(f"plot       {run.folder.plot if drawn else 'none (needs matplotlib and a logged step)'}")
 

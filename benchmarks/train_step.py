@@ -111,7 +111,7 @@ def _measured(variant: Variant, length: int, tokens: int, samples: int, *, quick
     step = train_step.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - start
     state, first = step(state, batch)
-    timing, last = _time(step, state, batch, samples)
+    timing, last = time_steps(step, state, batch, samples)
 
     def both(value: Callable[[StepMetrics], jax.Array]) -> dict[str, float]:
         return {"first": float(value(first)), "last": float(value(last))}
@@ -130,7 +130,9 @@ def _measured(variant: Variant, length: int, tokens: int, samples: int, *, quick
     }
 
 
-def _time(step: jax.stages.Compiled, state: TrainState, batch: jax.Array, samples: int) -> tuple[Timing, StepMetrics]:
+def time_steps(
+    step: jax.stages.Compiled, state: TrainState, batch: jax.Array, samples: int
+) -> tuple[Timing, StepMetrics]:
     """Times a step, which consumes its state; returns seconds a step, and what the last one measured."""
     state, metrics = jax.block_until_ready(step(state, batch))
     start = time.perf_counter()

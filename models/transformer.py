@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from sparse_flash_jax import PLAN_NAME, RESIDUAL_NAMES
@@ -47,6 +48,7 @@ class TransformerConfig:
         dtype: to compute in; parameters, norms, softmax and logits are float32.
         implementation: kernels of `sparse_attention`.
         remat: recompute blocks in the backward pass, all but their attention.
+        stream: how the residual stream [B T D] lies over devices; None leaves that to XLA.
     """
 
     vocab_size: int
@@ -63,6 +65,7 @@ class TransformerConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     implementation: str | None = None
     remat: bool = False
+    stream: NamedSharding | None = None
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
@@ -189,14 +192,19 @@ class Transformer(nnx.Module):
                     f"at most max_length={self.config.max_length} tokens with learned positions, got {length}."
                 )
             x = x + self.positions[...][None, :length]
-        x = x.astype(self.config.dtype)
+        x = self._placed(x.astype(self.config.dtype))
         stats = []
         run = _run_block if not self.config.remat else nnx.remat(_run_block, policy=_KEEP_ATTENTION)
         for number, block in enumerate(self.blocks):
             x, seen = run(block, x, jax.random.fold_in(key, number), segment_ids)
+            x = self._placed(x)
             stats.append(seen)
         visible, overflow = (jnp.stack(values) for values in zip(*stats, strict=True))
         return _normed(self.norm, x), LayerStats(visible, overflow)
+
+    def _placed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        # Else XLA may divide the stream by its width, as parameters are, and gather it for every product.
+        return x if self.config.stream is None else jax.lax.with_sharding_constraint(x, self.config.stream)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float32[Array, "*batch vocab"]:
         """Scores of the next token, float32, from hidden states; the embedding is tied."""

@@ -165,13 +165,17 @@ def hash_sparse(
     )
 
 
-def random_keep(key: PRNGKeyArray, shape: tuple[int, int, int], rate: float) -> Bool[Array, "B T N"]:
+def random_keep(
+    key: PRNGKeyArray, shape: tuple[int, int, int], rate: float, *, axis_name: str | None = None
+) -> Bool[Array, "B T N"]:
     """Returns a mask that drops tokens at random, the same number in every head.
 
     Args:
         key: PRNG key.
         shape: (B, T, N).
         rate: share of tokens to drop, in [0, 1].
+        axis_name: a mapped axis of `pmap` or `shard_map` that divides the batch, of which B is one device's part: each
+            device then draws for the whole batch, and what is dropped does not depend on how it is divided.
 
     Returns:
         bool [B T N] with exactly `math.ceil((1 - rate) * T)` tokens kept for each batch entry and head.
@@ -183,7 +187,12 @@ def random_keep(key: PRNGKeyArray, shape: tuple[int, int, int], rate: float) -> 
         raise ValueError(f"shape must be (B, T, N), got {tuple(shape)}.")
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must be in [0, 1], the share of tokens to drop, got {rate}.")
-    return top_keep(jax.random.uniform(key, shape, jnp.float32), math.ceil((1 - rate) * shape[1]))
+    batch, length, heads = shape
+    parts = 1 if axis_name is None else lax.axis_size(axis_name)
+    scores = jax.random.uniform(key, (parts * batch, length, heads), jnp.float32)
+    if axis_name is not None:
+        scores = lax.dynamic_slice_in_dim(scores, lax.axis_index(axis_name) * batch, batch)
+    return top_keep(scores, math.ceil((1 - rate) * length))
 
 
 def top_keep(scores: Float[Array, "B T N"], count: int) -> Bool[Array, "B T N"]:

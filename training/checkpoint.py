@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -46,7 +47,8 @@ class Checkpoints:
         if self._last == step:
             return
         # Copies: the next step takes over the state's own memory while this is being written.
-        arrays = {name: np.array(leaf) for name, leaf in _named_leaves(state).items()}
+        copy = lambda leaf: np.array(leaf) if leaf.is_fully_addressable else jnp.copy(leaf)
+        arrays = {name: copy(leaf) for name, leaf in _named_leaves(state).items()}
         record = {"format": _FORMAT, "step": step, "identity": self._identity}
         try:
             self._manager.save(
@@ -87,7 +89,7 @@ def restore(checkpoint: Path, like: TrainState, identity: dict[str, Any]) -> Tra
 
     Args:
         checkpoint: the folder of one step.
-        like: a state of the same structure.
+        like: a state of the same structure, divided over devices as the restored one is to be.
         identity: settings and data of this run.
 
     Raises:
@@ -102,13 +104,17 @@ def restore(checkpoint: Path, like: TrainState, identity: dict[str, Any]) -> Tra
     try:
         with ocp.StandardCheckpointer() as reader:
             arrays = reader.restore((checkpoint / "state").resolve(), templates)
-        restored = [jax.device_put(np.asarray(arrays[name])) for name in leaves]
+        restored = [_placed(np.asarray(arrays[name]), leaf.sharding) for name, leaf in leaves.items()]
     except Exception as error:  # the storage library has no common base of its errors
         raise CheckpointError(f"{checkpoint}: damaged checkpoint: {_short(error)}") from error
     state = jax.tree.unflatten(jax.tree.structure(like), restored)
     if int(state.step) != record["step"]:
         raise CheckpointError(f"{checkpoint}: damaged checkpoint: it says step {record['step']}, holds {state.step}")
     return state
+
+
+def _placed(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _read_record(checkpoint: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import tyro
 
 from training.check import check
-from training.config import NEWEST, TrainConfig
+from training.config import NEWEST, DistributedConfig, TrainConfig
 from training.errors import ConfigError
 from training.presets import PRESETS
 from training.run_folder import RunFolder, resumed_root
@@ -18,14 +18,26 @@ DEFAULT_PRESET = "cpu-small"
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
-    """The settings that a command line asks for; `--help` and misspelled options leave by SystemExit.
+    """The settings that a command line asks for, checked; see `read_settings`.
+
+    Raises:
+        ConfigError: the preset is unknown or settings contradict each other.
+        CheckpointError: there is no run to go on with, or its settings cannot be read.
+    """
+    config = read_settings(arguments)
+    check(config)
+    return config
+
+
+def read_settings(arguments: Sequence[str]) -> TrainConfig:
+    """The settings that a command line asks for, JAX left alone; `--help` and misspelled options leave by SystemExit.
 
     Args:
         arguments: without the program's name; the first may be a preset. With `--resume` and no preset, settings that
             are not given are those of the run that goes on.
 
     Raises:
-        ConfigError: the preset is unknown or settings contradict each other.
+        ConfigError: the preset is unknown.
         CheckpointError: there is no run to go on with, or its settings cannot be read.
     """
     rest = list(arguments)
@@ -46,10 +58,10 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         run = RunFolder(resumed_root(config), None)
         if run.config.exists():
             saved = read_config(run.config)
-            config = read(default=dataclasses.replace(saved, out=None, resume=None, max_minutes=None))
+            fresh = {"out": None, "resume": None, "max_minutes": None, "distributed": DistributedConfig()}
+            config = read(default=dataclasses.replace(saved, **fresh))
         if config.resume == NEWEST:  # by the name that was asked for, not the one that was saved
             config = dataclasses.replace(config, resume=str(run.root))
-    check(config)
     return config
 
 

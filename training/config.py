@@ -157,6 +157,22 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes that train as one, on one host or many; the same command on each, but for its number."""
+
+    coordinator: str | None = None
+    """HOST:PORT of the first process, where all of them meet."""
+    processes: int | None = None
+    """How many there are."""
+    process: int | None = None
+    """Number of this one, from 0."""
+    auto: bool = False
+    """Learn all three from the environment of the cluster: Slurm, Open MPI, Kubernetes, TPU pods."""
+    timeout: int = 300
+    """Seconds to wait for the others to come."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """All settings of a run."""
 
@@ -175,6 +191,13 @@ class TrainConfig:
     """Save and stop after so many minutes."""
     log_every: int = 10
     """Steps between lines of metrics."""
+    mesh: str | None = None
+    """Devices by axis: data=4, data=2,fsdp=2, data=2,tensor=2 or all three. data divides the sequences of a batch; fsdp
+    these and parameters and optimizer state; tensor heads, hidden units and vocabulary. Default: data over all devices
+    if they divide --batch-size, else one device."""
+    parallel: Literal["jit", "pmap"] = "jit"
+    """One program over all devices of the mesh, or jax.pmap of one for each (data alone)."""
+    distributed: DistributedConfig = DistributedConfig()
     model: ModelConfig = ModelConfig()
     batch: BatchConfig = BatchConfig()
     data: DataConfig = DataConfig()
@@ -187,6 +210,7 @@ class TrainConfig:
 def identity(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide the result, flat: {"model.width": 128, ...}."""
     watching = {"name", "out", "resume", "max_minutes", "log_every", "evaluation", "sample", "checkpoint"}
+    watching |= {"mesh", "parallel", "distributed"}  # the same losses, to rounding
     flat: dict[str, Any] = {}
     for name, value in dataclasses.asdict(config).items():
         if name in watching:

@@ -10,6 +10,7 @@ from flax import nnx
 
 from training.batches import EvaluationBatch
 from training.data import Stream
+from training.mesh import ONE_DEVICE, Layout
 
 
 class Evaluation(NamedTuple):
@@ -27,10 +28,13 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    evaluation_step: Callable[..., jax.Array], params: nnx.State, batches: Sequence[EvaluationBatch]
+    evaluation_step: Callable[..., jax.Array],
+    params: nnx.State,
+    batches: Sequence[EvaluationBatch],
+    layout: Layout = ONE_DEVICE,
 ) -> Evaluation:
-    """The model's quality over the batches."""
-    sums = [evaluation_step(params, batch.tokens, batch.weights) for batch in batches]
+    """The model's quality over the batches, on the devices of the layout."""
+    sums = [evaluation_step(params, *layout.place_whole((batch.tokens, batch.weights))) for batch in batches]
     return _evaluation(math.fsum(float(value) for value in sums), batches)
 
 

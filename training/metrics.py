@@ -14,11 +14,14 @@ class MetricsLog:
     """Appends records to a file.
 
     Args:
-        path: the file.
+        path: the file; None to write nothing.
         step: going on after this step, records of later steps and of the end are dropped: they will be written again.
     """
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path | None, step: int):
+        self._file = None
+        if path is None:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         records = [record for record in read_metrics(path) if record["step"] <= step and record["kind"] not in _LAST]
         fresh = path.with_suffix(".tmp")
@@ -28,12 +31,14 @@ class MetricsLog:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Appends a record; a number that is not finite becomes null."""
-        self._file.write(_line({"kind": kind, "step": step, **values}))
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(_line({"kind": kind, "step": step, **values}))
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

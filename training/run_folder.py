@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from training.config import NEWEST, TrainConfig
 from training.errors import CheckpointError, ConfigError
+from training.processes import from_first
 
 _RUNS = Path("runs")
 
@@ -72,6 +73,13 @@ def choose_folder(config: TrainConfig) -> RunFolder:
     if newest.name != checkpoint.name:
         raise CheckpointError(f"{root} has gone on to step {newest.name}; name a new folder with --out to branch off")
     return RunFolder(root, checkpoint)
+
+
+def choose_folder_together(config: TrainConfig) -> RunFolder:
+    """`choose_folder` of the first process, for all."""
+    paths = lambda: [None if path is None else str(path) for path in choose_folder(config)]
+    root, resume_from = from_first(paths, (CheckpointError, ConfigError))
+    return RunFolder(Path(str(root)), None if resume_from is None else Path(resume_from))
 
 
 def resumed_root(config: TrainConfig) -> Path:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float32, Int32, PRNGKeyArray
 
 from models.transformer import LayerStats, Transformer, TransformerConfig
 from training.loss import total_cross_entropy
+from training.mesh import ONE_DEVICE, Layout
 
 # Streams of randomness that never meet: folded into the run's seed.
 _PARAMETERS, _TRAINING, _EVALUATION = range(3)
@@ -50,27 +51,36 @@ class StepMetrics(NamedTuple):
     layers: LayerStats
 
 
+def structure_of(config: TransformerConfig) -> nnx.GraphDef:
+    """The model's structure, with which parameters make a `Transformer` again."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0))))
+
+
 def init_state(
-    config: TransformerConfig, optimizer: optax.GradientTransformation, seed: int
+    config: TransformerConfig, optimizer: optax.GradientTransformation, seed: int, layout: Layout = ONE_DEVICE
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """A fresh model and optimizer.
+    """A fresh model and optimizer, on the devices of the layout.
 
     Returns:
-        The model's structure, with which the parameters make a `Transformer` again, and the state.
+        The model's structure, and the state.
     """
 
-    @jax.jit
     def init(key):
         model = Transformer(config, rngs=nnx.Rngs(params=key))
         params = nnx.state(model, nnx.Param)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    structure = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0))))
-    return structure, init(_key(seed, _PARAMETERS))
+    key = _key(seed, _PARAMETERS)
+    shardings = layout.of_state(jax.eval_shape(init, key))
+    return structure_of(config), jax.jit(init, out_shardings=shardings)(key)
 
 
 def make_train_step(
-    structure: nnx.GraphDef, optimizer: optax.GradientTransformation, seed: int, end_token: int | None
+    structure: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    end_token: int | None,
+    layout: Layout = ONE_DEVICE,
 ) -> Callable[[TrainState, Tokens], tuple[TrainState, StepMetrics]]:
     """Makes the training step, which consumes its state.
 
@@ -79,9 +89,11 @@ def make_train_step(
         optimizer: applied once to the mean gradient of all the micro-batches.
         seed: of the run.
         end_token: token after which a new document begins, where tokens see only their own; else None.
+        layout: of the devices; the structure is that of its `training_model`.
 
     Returns:
-        A function of state and tokens [accumulation, size, length + 1] that gives the next state and metrics.
+        A function of state and tokens [accumulation, size, length + 1], as the layout places them, that gives the next
+        state and metrics.
     """
 
     def loss(params, tokens, key):
@@ -103,13 +115,14 @@ def make_train_step(
         numbers = jnp.arange(accumulation, dtype=jnp.int32)
         (value, grads), layers = jax.lax.scan(add, zeros, (numbers, batch))
         value, grads = jax.tree.map(lambda x: x / accumulation, (value, grads))
+        value, grads, layers = layout.over_devices(value, grads, layers)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = jax.tree.map(jnp.add, state.params, updates)
         layers = LayerStats(jnp.mean(layers.visible, axis=0), jnp.sum(layers.overflow, axis=0))
         metrics = StepMetrics(value, optax.tree.norm(grads), layers)
-        return TrainState(state.step + 1, params, optimizer_state), metrics
+        return layout.kept(TrainState(state.step + 1, params, optimizer_state), metrics)
 
-    return jax.jit(train_step, donate_argnums=0)
+    return layout.compiled(train_step)
 
 
 def make_evaluation_step(

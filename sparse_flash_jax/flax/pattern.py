@@ -132,11 +132,13 @@ class QK:
         scored: keep the tokens with the highest learned scores, not random ones. The choice compares a token with
             later ones too: it looks ahead, so a language model trained with it is not strictly causal.
         window: tokens back that a query sees, itself included; None for all.
+        axis_name: a mapped axis of `pmap` or `shard_map` that divides the batch: see `random_keep`.
     """
 
     rate: float
     scored: bool = False
     window: int | None = None
+    axis_name: str | None = None
 
     def __post_init__(self):
         if not 0 <= self.rate < 1:
@@ -175,7 +177,7 @@ class QK:
                 raise ValueError(f"{self} drops tokens at random: pass key=jax.random.key(...), a fresh one each step.")
             query_key, key_key = jax.random.split(key)
             query_keep, key_keep = (
-                random_keep(side_key, (x.shape[0], x.shape[1], x.shape[2]), self.rate)
+                random_keep(side_key, (x.shape[0], x.shape[1], x.shape[2]), self.rate, axis_name=self.axis_name)
                 for side_key, x in ((query_key, q), (key_key, k))
             )
         group = None if segment_ids is None else segment_ids[..., None].astype(jnp.int32)

@@ -1,0 +1,119 @@
+"""How a training step grows with devices: weak scaling of the paper's model over the meshes that `train.py` has.
+
+python benchmarks/scaling.py                                  16k tokens, every mesh of as many devices as there are
+python benchmarks/scaling.py --meshes data=2 data=4 fsdp=4    these
+python benchmarks/scaling.py --quick                          a tiny model, to see that it runs
+
+The step is that of `train_step.py`, with `--tokens` tokens for each device of the mesh. Efficiency is tokens a second
+over those of one device in the same run, times their number: 1 at best.
+"""
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+from environment import environment, written
+from passes import memory_bytes
+from selection import QUICK_LENGTH
+from train_step import time_steps
+from variants import HASHED, Variant, settings, vocabulary
+
+from training.mesh import AXES, make_layout
+from training.model import transformer_config
+from training.optimizer import make_optimizer
+from training.step import init_state, make_train_step, structure_of
+
+RESULTS = Path(__file__).resolve().parent / "results"
+LENGTH, TOKENS, BUCKETS = 16_384, 32_768, 16
+
+
+def main() -> None:
+    """Measures, prints a table, writes JSON."""
+    args = _arguments()
+    length, tokens = (QUICK_LENGTH, 2 * QUICK_LENGTH) if args.quick else (args.length, args.tokens)
+    samples = 1 if args.quick else args.samples
+    variant = Variant(args.attention, BUCKETS if args.attention in HASHED else None)
+    result: dict[str, Any] = {"environment": environment(), "steps": []}
+    with written(result, args.out or (None if args.quick else RESULTS / f"scaling-{jax.default_backend()}.json")):
+        print(f"{variant}, {length} tokens a sequence, {tokens} a device")
+        print(f"{'mesh':<28}{'parallel':>9}{'ms':>9}{'tokens/s':>11}{'efficiency':>12}{'GiB':>7}")
+        alone = None
+        for mesh, parallel in [("data=1", "jit"), *_meshes(args)]:
+            record = {"mesh": mesh, "parallel": parallel, "length": length, "attention": str(variant)}
+            try:
+                record |= _measured(variant, mesh, parallel, length, tokens, samples, quick=args.quick)
+                alone = alone or record["tokens_per_second"]
+                record["efficiency"] = record["tokens_per_second"] / alone / record["devices"]
+            except jax.errors.JaxRuntimeError as error:  # out of memory
+                record["failed"] = str(error).splitlines()[0][:200]
+            result["steps"].append(record)
+            print(_row(record), flush=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Times training steps over meshes of devices.")
+    parser.add_argument("--meshes", nargs="+", help=f"meshes of {', '.join(AXES)}; default all of one or two axes")
+    parser.add_argument("--attention", choices=("dense", "hash", "centred"), default="centred", help="kind")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a sequence")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of a step for each device")
+    parser.add_argument("--samples", type=int, default=5, help="samples of which the median is taken")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and length, one sample")
+    parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/scaling-PLATFORM.json")
+    return parser.parse_args()
+
+
+def _meshes(args: argparse.Namespace) -> list[tuple[str, str]]:
+    if args.meshes:
+        return [(mesh, "jit") for mesh in args.meshes]
+    devices = jax.device_count()
+    whole = [(f"{axis}={devices}", "jit") for axis in AXES]
+    halves = [(f"data={devices // 2},{axis}=2", "jit") for axis in ("fsdp", "tensor") if devices >= 4]
+    return [*whole, *halves, (f"data={devices}", "pmap")] if devices > 1 else []
+
+
+def _measured(
+    variant: Variant, mesh: str, parallel: str, length: int, tokens: int, samples: int, *, quick: bool
+) -> dict[str, Any]:
+    devices = int(np.prod([int(part.split("=")[1]) for part in mesh.split(",")]))
+    config = settings(variant, length, tokens * devices, quick=quick)
+    config = dataclasses.replace(config, mesh=mesh, parallel=parallel)
+    layout = make_layout(config)
+    model = transformer_config(config, vocabulary(quick=quick))
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    _, state = init_state(model, optimizer, config.seed, layout)
+    structure = structure_of(layout.training_model(model))
+    shape = (1, config.batch.size, length + 1)
+    batch = layout.place(np.random.default_rng(0).integers(0, model.vocab_size, shape, np.int32))
+    train_step = cast(jax.stages.Wrapped, make_train_step(structure, optimizer, config.seed, None, layout))
+    start = time.perf_counter()
+    step = train_step.lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - start
+    timing, last = time_steps(step, state, batch, samples)
+    return {
+        "devices": devices,
+        "batch": config.batch.size,
+        "seconds": timing._asdict(),
+        "tokens_per_second": config.batch.size * length / timing.median,
+        "loss": float(last.loss),
+        "visible": float(last.layers.visible.mean()),
+        "memory_bytes": memory_bytes(step),
+        "compile_seconds": compile_seconds,
+    }
+
+
+def _row(record: dict[str, Any]) -> str:
+    start = f"{record['mesh']:<28}{record['parallel']:>9}"
+    if "failed" in record:
+        return f"{start}  {record['failed']}"
+    return (
+        f"{start}{1e3 * record['seconds']['median']:>9.2f}{record['tokens_per_second']:>11.0f}"
+        f"{record['efficiency']:>12.3f}{record['memory_bytes']['peak'] / 2**30:>7.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Training over a mesh: the losses of one device, whatever the mesh, and nothing moves that need not."""
+
+import dataclasses
+import re
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from models.transformer import TransformerConfig
+from sparse_flash_jax.flax.pattern import QK, Dense, Hash
+from training.config import BatchConfig, ModelConfig, OptimizerConfig, TrainConfig
+from training.errors import ConfigError
+from training.mesh import ONE_DEVICE, Layout, make_layout
+from training.optimizer import make_optimizer
+from training.step import init_state, make_evaluation_step, make_train_step, structure_of
+
+MOVED = re.compile(r"= (\w+)\[([\d,]*)\]\S* (all-gather|all-to-all|reduce-scatter|collective-permute)\(")
+
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+
+# A layer of each kind that the losses could depend on the mesh by: drops and hashes are random.
+MODEL = TransformerConfig(
+    vocab_size=60,
+    num_layers=3,
+    width=32,
+    num_heads=4,
+    max_length=24,
+    attention=(Dense(), Hash(4, exclude_self=True), QK(0.3)),
+)
+TOKENS = np.random.default_rng(0).integers(0, 60, (2, 4, 25)).astype(np.int32)  # two micro-batches
+SETTINGS = TrainConfig(batch=BatchConfig(size=4), model=ModelConfig(width=32, heads=4))
+STEPS = 2
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax raises a float to an integer power, which the strict rules forbid."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def layout_of(mesh, parallel="jit"):
+    return make_layout(dataclasses.replace(SETTINGS, mesh=mesh, parallel=parallel))
+
+
+def trained(layout: Layout):
+    """Losses and gradient norms of a few steps, the state after them, the loss of an evaluation, and the step's HLO."""
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), 10)
+    _, state = init_state(MODEL, optimizer, 0, layout)
+    step = make_train_step(structure_of(layout.training_model(MODEL)), optimizer, 0, None, layout)
+    batch = layout.place(TOKENS)
+    compiled = step.lower(state, batch).compile()
+    measured = []
+    for _ in range(STEPS):
+        state, metrics = compiled(state, batch)
+        measured.append((metrics.loss, metrics.grad_norm, *metrics.layers))
+    evaluation_step = make_evaluation_step(structure_of(layout.evaluation_model(MODEL)), 0, None)
+    weights = np.ones((4, 24), np.float32)
+    held_out = evaluation_step(state.params, *layout.place_whole((TOKENS[0], weights)))
+    return Trained(jax.tree.map(np.asarray, measured), state, float(held_out), compiled.as_text())
+
+
+class Trained(NamedTuple):
+    measured: list[Any]
+    state: Any
+    held_out: float
+    text: str
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    with jax.numpy_dtype_promotion("standard"):
+        return trained(ONE_DEVICE)
+
+
+def test_data(on_one_device):
+    got = trained(layout_of("data=4"))
+    assert_same_training(got, on_one_device)
+    assert "all-reduce" in got.text
+    assert not MOVED.findall(got.text)
+
+
+def test_data_and_fsdp_and_tensor(on_one_device):
+    layout = layout_of("data=2,fsdp=2,tensor=2")
+    got = trained(layout)
+    assert_same_training(got, on_one_device)
+    # A state that comes out of a step lies as one that goes in: divided.
+    for leaf, sharding in zip(jax.tree.leaves(got.state), jax.tree.leaves(layout.of_state(got.state)), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    for tree in (got.state.params, got.state.optimizer):
+        leaves = jax.tree.leaves(tree)
+        whole, part = sum(x.size for x in leaves), sum(x.addressable_data(0).size for x in leaves)
+        assert part < 0.3 * whole  # a quarter, and norms and positions besides
+    # Parameters are gathered, and the stream where its width was divided; never q, k, v or what plans are made of.
+    heads = 4 // 2
+    for _, shape, kind in MOVED.findall(got.text):
+        assert f"24,{heads}" not in shape, (shape, kind)
+
+
+def test_pmap(on_one_device):
+    assert_same_training(trained(layout_of("data=4", "pmap")), on_one_device)
+
+
+def assert_same_training(got, expected):
+    """To the rounding of float32 sums in another order, which Adam's division lets grow."""
+    for step, of_one in zip(got.measured, expected.measured, strict=True):
+        for x, y in zip(step, of_one, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5)
+    assert got.held_out == pytest.approx(expected.held_out, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("data=16", "takes 16 devices, there are 8"),
+        ("rows=2", "expected AXIS=DEVICES"),
+        ("data=2,data=2", "expected AXIS=DEVICES"),
+        ("data=0", "expected AXIS=DEVICES"),
+        ("data=3", "--batch-size 4 cannot be divided by 3"),
+        ("tensor=8", "--model.heads 4 cannot be divided by 8"),
+        ("fsdp=2,data=4", "--batch-size 4 cannot be divided by 8"),
+    ],
+)
+def test_meshes_that_cannot_be(mesh, message):
+    with pytest.raises(ConfigError, match=message):
+        layout_of(mesh)
+
+
+def test_pmap_takes_data_alone():
+    with pytest.raises(ConfigError, match="a mesh of data alone"):
+        layout_of("data=2,tensor=2", "pmap")
+
+
+def test_by_default_sequences_over_all_devices():
+    assert str(layout_of(None)) == "one device"  # four sequences, eight devices
+    eight = dataclasses.replace(SETTINGS, batch=BatchConfig(size=16))
+    assert str(make_layout(eight)) == "data 8, by jit"

@@ -1,0 +1,100 @@
+"""Two real processes that train as one: the losses of one process, stopping together, and one of them dying."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import train
+from training.metrics import read_metrics
+from training.run_folder import steps_in
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = [
+    *("--model.layers", "2", "--model.width", "16", "--model.heads", "2", "--buckets", "4", "--rate", "0.3"),
+    *("--attention", "hash", "qk", "--length", "32", "--batch-size", "4", "--sample.tokens", "0", "--log-every", "1"),
+    *("--evaluation.every", "0", "--evaluation.windows", "2", "--evaluation.final-windows", "2"),
+    *("-n", "100000", "--checkpoint.every", "5", "--optimizer.warmup", "0.0001"),
+]
+
+pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+
+
+def arguments(folder, *options):
+    return [*TINY, "--data", str(folder / "text.txt"), *options]
+
+
+def start_two(folder, *options):
+    """Each with two devices, between which and over which parameters are divided."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    together = ["--mesh", "fsdp=4", "--distributed.coordinator", f"localhost:{port}", "--distributed.processes", "2"]
+    command = [sys.executable, "train.py", *arguments(folder, *options), *together, "--distributed.process"]
+    return [
+        subprocess.Popen([*command, number], cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True)
+        for number in "01"
+    ]
+
+
+def wait_for_step(out, step, process):
+    deadline = time.monotonic() + 300
+    while step not in losses(out):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def losses(out):
+    return {
+        record["step"]: record["loss"] for record in read_metrics(out / "metrics.jsonl") if record["kind"] == "train"
+    }
+
+
+def train_a_step(folder, *options):
+    """In this process, on four devices: one step, for which the time limit leaves just time enough."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert train.main(arguments(folder, *options, "--mesh", "data=4", "--max-minutes", "0")) == 0
+
+
+def test_two_processes_train_as_one(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"line {number}: the same words again\n" for number in range(2000)))
+    out, alone = tmp_path / "two", tmp_path / "one"
+
+    # A signal to the second stops both, after the same step, in order.
+    both = start_two(tmp_path, "--out", str(out))
+    wait_for_step(out, 6, both[0])
+    both[1].send_signal(signal.SIGTERM)
+    shown = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], shown
+    assert "fsdp 4, by jit, 2 processes" in shown[0][0]
+    assert "held out" not in shown[1][0]  # the first alone speaks
+    end = read_metrics(out / "metrics.jsonl")[-1]
+    assert end["reason"] == "another process"
+    assert steps_in(out)[-1] == end["step"]
+
+    # The second dies; the first does not wait for it for ever, and says how to go on.
+    both = start_two(tmp_path, "--resume", str(out))
+    wait_for_step(out, end["step"] + 8, both[0])
+    both[1].kill()
+    both[1].communicate()
+    _, errors = both[0].communicate(timeout=300)
+    assert both[0].returncode not in (0, None)
+    assert "start all again with --resume" in errors
+    saved, of_two = steps_in(out)[-1], losses(out)
+    assert saved > end["step"]
+
+    # Their parameters, which no process had all of, go on in one process; and its losses are theirs, from the first.
+    train_a_step(tmp_path, "--resume", str(out))
+    assert steps_in(out)[-1] == saved + 1
+    train_a_step(tmp_path, "--out", str(alone))
+    for step, loss in (losses(alone) | {saved + 1: losses(out)[saved + 1]}).items():
+        np.testing.assert_allclose(loss, of_two[step], rtol=1e-5)

@@ -1,0 +1,220 @@
+"""How a run is spread over devices: the mesh, and what of it each array is divided over.
+
+    data     sequences of a batch
+    fsdp     sequences, too; and parameters, gradients and optimizer state by their width (arXiv 1910.02054)
+    tensor   heads, hidden units of the MLP, and the vocabulary (arXiv 1909.08053)
+
+Losses are those of one device, to float32 rounding: batches, hashes and drops are drawn for the whole batch.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from models.transformer import LayerStats, TransformerConfig
+from sparse_flash_jax.flax.pattern import QK
+from training.config import TrainConfig
+from training.errors import ConfigError
+
+AXES = ("data", "fsdp", "tensor")
+
+# By the last names of a parameter's path, which are also those of its moments and its average. Others are whole.
+_DIVISION = {
+    "embedding": ("tensor", "fsdp"),
+    "positions": (None, "fsdp"),
+    "query/kernel": ("fsdp", "tensor", None),
+    "key/kernel": ("fsdp", "tensor", None),
+    "value/kernel": ("fsdp", "tensor", None),
+    "query_score/kernel": ("fsdp", "tensor"),
+    "key_score/kernel": ("fsdp", "tensor"),
+    "out/kernel": ("tensor", None, "fsdp"),
+    "up/kernel": ("fsdp", "tensor"),
+    "down/kernel": ("tensor", "fsdp"),
+}
+
+
+class Layout(NamedTuple):
+    """Where the arrays of a run lie.
+
+    Attributes:
+        mesh: devices by `AXES`, or by data alone; None for the default device alone.
+        pmap: whether `jax.pmap` runs the step on each device's own sequences; else one `jit` over all devices does.
+    """
+
+    mesh: Mesh | None
+    pmap: bool = False
+
+    def __str__(self) -> str:
+        if self.mesh is None:
+            return "one device"
+        axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1) or "data 1"
+        return f"{axes}, by {'pmap' if self.pmap else 'jit'}"
+
+    def training_model(self, config: TransformerConfig) -> TransformerConfig:
+        """The model as a training step runs it."""
+        if self.pmap:
+            patterns = tuple(
+                dataclasses.replace(each, axis_name="data") if isinstance(each, QK) else each
+                for each in config.patterns
+            )
+            return dataclasses.replace(config, attention=patterns)
+        return self.evaluation_model(config)
+
+    def evaluation_model(self, config: TransformerConfig) -> TransformerConfig:
+        """The model as it runs on whole batches, wherever they lie."""
+        if self.mesh is None or self.pmap:
+            return config
+        return dataclasses.replace(config, stream=self._sharding(self._sequence_axes))
+
+    def compiled[Step: Callable[..., Any]](self, step: Step) -> Step:
+        """A jitted training step, which consumes its state."""
+        if self.pmap:
+            return jax.pmap(step, "data", in_axes=(None, 1), out_axes=None, donate_argnums=0)
+        return jax.jit(step, donate_argnums=0)
+
+    def over_devices(self, loss: Any, grads: Any, layers: LayerStats) -> tuple[Any, Any, LayerStats]:
+        """Inside a step: what the devices found, taken together."""
+        if not self.pmap:  # they are one program, which has the whole batch
+            return loss, grads, layers
+        loss, grads, visible = jax.lax.pmean((loss, grads, layers.visible), "data")
+        return loss, grads, LayerStats(visible, jax.lax.psum(layers.overflow, "data"))
+
+    def kept[State, Metrics](self, state: State, metrics: Metrics) -> tuple[State, Metrics]:
+        """Inside a step: its results, the state divided as before and the metrics on every device."""
+        if self.mesh is None or self.pmap:
+            return state, metrics
+        whole = jax.tree.map(lambda _: self._sharding(), metrics)
+        return jax.lax.with_sharding_constraint((state, metrics), (self.of_state(state), whole))
+
+    def of_state(self, state: Any) -> Any:
+        """The sharding of each array of a training state, or of parameters; None where all is on one device."""
+        if self.mesh is None:
+            return None
+        return jax.tree.map_with_path(lambda path, leaf: self._sharding(*self._division(path, leaf)), state)
+
+    def place(self, batch: Any) -> Any:
+        """Puts this process's rows of a training batch, arrays [accumulation, rows, ...], on its devices."""
+        if self.mesh is None:
+            return batch
+        if self.pmap:
+            devices = self.mesh.local_mesh.size
+            split = lambda x: x.reshape(x.shape[0], devices, -1, *x.shape[2:])
+            return jax.tree.map(split, batch)
+        sharding = self._sharding(None, self._sequence_axes)
+        _, count = self.shard
+        whole = lambda x: (x.shape[0], x.shape[1] * count, *x.shape[2:])
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x, whole(x)), batch)
+
+    def place_whole(self, batch: Any) -> Any:
+        """Puts a batch that each process has all of, arrays [rows, ...], on the devices."""
+        return put(batch, None if self.mesh is None else self._sharding(self._sequence_axes))
+
+    def whole(self, tree: Any) -> Any:
+        """Arrays that lie on many devices, in one piece; all processes take part."""
+        fetch = lambda x: np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
+        return tree if self.mesh is None else jax.tree.map(fetch, tree)
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """Which part of a batch's rows this process reads, of how many."""
+        if self.mesh is None:
+            return 0, 1
+        parts = math.prod(self.mesh.shape[name] for name in self._sequence_axes)
+        held = self._sharding(self._sequence_axes).addressable_devices_indices_map((parts,)).values()
+        rows = sorted({(index[0].start or 0) for index in held})
+        if rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows):
+            raise ConfigError(
+                f"a process of mesh {self} would have rows {rows} of {parts}; change the order of its axes"
+            )
+        return rows[0] // len(rows), parts // len(rows)
+
+    @property
+    def _sequence_axes(self) -> tuple[str, ...]:
+        return tuple(name for name in ("data", "fsdp") if self.mesh is not None and name in self.mesh.shape)
+
+    def _sharding(self, *division: Any) -> NamedSharding:
+        assert self.mesh is not None
+        return NamedSharding(self.mesh, PartitionSpec(*division))
+
+    def _division(self, path: Any, leaf: Any) -> tuple[Any, ...]:
+        names = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value").split("/")
+        known = _DIVISION.get("/".join(names[-2:])) or _DIVISION.get(names[-1])
+        return known if known is not None and len(known) == leaf.ndim and not self.pmap else ()
+
+
+ONE_DEVICE = Layout(None)
+
+
+def make_layout(config: TrainConfig) -> Layout:
+    """The layout that the settings ask for; by default sequences over all devices, where they divide a batch.
+
+    Raises:
+        ConfigError: the mesh is malformed, has not as many devices as there are, or divides what cannot be divided.
+    """
+    devices, size = jax.device_count(), config.batch.size
+    if config.mesh is None:
+        if size % devices and jax.process_count() > 1:
+            raise ConfigError(
+                f"--batch-size {size} cannot be divided over {devices} devices; change it, or give --mesh"
+            )
+        axes = {"data": 1 if size % devices else devices}
+    else:
+        axes = _parse(config.mesh)
+    count = math.prod(axes.values())
+    if count > devices or (jax.process_count() > 1 and count != devices):
+        raise ConfigError(f"--mesh {config.mesh} takes {count} devices, there are {devices}")
+    _check(config, axes)
+    if count == 1 and config.parallel == "jit":
+        return ONE_DEVICE
+    names = ("data",) if config.parallel == "pmap" else AXES  # as pmap's own mesh is
+    shape, types = tuple(axes.get(name, 1) for name in names), (jax.sharding.AxisType.Auto,) * len(names)
+    mesh = jax.make_mesh(shape, names, axis_types=types, devices=jax.devices()[:count])
+    return Layout(mesh, config.parallel == "pmap")
+
+
+def _parse(text: str) -> dict[str, int]:
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
+        if match is None or match[1] not in AXES or match[1] in axes or int(match[2]) < 1:
+            raise ConfigError(f"--mesh {text}: expected AXIS=DEVICES,... of {', '.join(AXES)}, as in data=2,tensor=4")
+        axes[match[1]] = int(match[2])
+    return axes
+
+
+def _check(config: TrainConfig, axes: dict[str, int]) -> None:
+    model, batch = config.model, config.batch
+    if config.parallel == "pmap" and {*axes} - {"data"}:
+        raise ConfigError(f"--parallel pmap takes a mesh of data alone, got {config.mesh}; leave it out for the others")
+    sequences = axes.get("data", 1) * axes.get("fsdp", 1)
+    key_heads = model.heads if model.key_heads is None else model.key_heads
+    for name, value, parts in (
+        ("--batch-size", batch.size, sequences),
+        ("--model.width", model.width, axes.get("fsdp", 1)),
+        ("--model.heads", model.heads, axes.get("tensor", 1)),
+        ("--model.key-heads", key_heads, axes.get("tensor", 1)),
+        ("the hidden size of the MLP", model.mlp_ratio * model.width, axes.get("tensor", 1)),
+    ):
+        if value % parts:
+            raise ConfigError(f"--mesh {config.mesh}: {name} {value} cannot be divided by {parts}")
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Puts arrays that each process has all of where the shardings say, each process its own part."""
+    if shardings is None:
+        return tree
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+
+    def one(x: Any, sharding: NamedSharding) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree, shardings)
