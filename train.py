@@ -23,7 +23,7 @@ from training.metrics import MetricsLog, recent_mean
 from training.model import automatic_choice, resolved_identity, transformer_config
 from training.optimizer import learning_rate, make_optimizer
 from training.plot import plot_loss
-from training.processes import JointStop, check_same_text, is_first, join, leave_others
+from training.processes import JointStop, another_is_gone, check_same_text, is_first, join, leave
 from training.progress import TrainProgress
 from training.report import Report
 from training.run_folder import RunFolder, choose_folder_together
@@ -58,7 +58,15 @@ class Run(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command line; returns the exit status."""
+    """Runs the command line; returns the exit status. One of several processes that fails leaves at once."""
+    status = run_command(arguments)
+    if status and jax.distributed.is_initialized():
+        leave(status)
+    return status
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Trains; says in a line what went wrong."""
     try:
         config = read_settings(arguments)
         join(config.distributed)
@@ -72,9 +80,10 @@ def main(arguments: Sequence[str]) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if not jax.distributed.is_initialized():
             raise
-        leave_others(error)
+        print(f"train.py: {another_is_gone(error)}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -77,6 +77,8 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Ends the background writer, after its last write; an error on the way out does not hide an earlier one."""
+        if error is not None and jax.process_count() > 1:
+            return  # the writer may be waiting for a process that is gone
         try:
             self._manager.close()
         except Exception as failed:

@@ -76,16 +76,20 @@ def check_same_text(fingerprint: str) -> None:
         raise DataError(f"process {jax.process_index()} has read another text than the first; give all the same --data")
 
 
-def leave_others(error: Exception) -> NoReturn:
-    """Ends this process where another is gone, without waiting for it."""
-    text = " ".join(str(error).split())[:300]
+def another_is_gone(error: Exception) -> str:
+    """What an error of a collective operation means."""
+    return f"another process is gone, or the devices failed: {' '.join(str(error).split())[:300]}"
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process without waiting for the others, who cannot go on without it and then end, too."""
     print(
-        f"train.py: process {jax.process_index()}: another process is gone, or the devices failed: {text}; start all"
-        " again with --resume",
+        f"train.py: process {jax.process_index()} leaves, and the others cannot go on; start all again with --resume",
         file=sys.stderr,
-        flush=True,
     )
-    os._exit(1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _broadcast(text: str) -> str:
