@@ -38,6 +38,7 @@ def start_two(folder, *options):
         port = free.getsockname()[1]
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     together = ["--mesh", "fsdp=4", "--distributed.coordinator", f"localhost:{port}", "--distributed.processes", "2"]
+    together += ["--distributed.heartbeat", "20"]
     command = [sys.executable, "train.py", *arguments(folder, *options), *together, "--distributed.process"]
     return [
         subprocess.Popen([*command, number], cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True)
@@ -88,7 +89,8 @@ def test_two_processes_train_as_one(tmp_path):
     both[1].communicate()
     _, errors = both[0].communicate(timeout=300)
     assert both[0].returncode not in (0, None)
-    assert "start all again with --resume" in errors
+    # Where it waits in a barrier, which knows nothing of its peers, the missing heartbeat ends it, in JAX's own words.
+    assert "start all again with --resume" in errors or "another task died" in errors
     saved, of_two = steps_in(out)[-1], losses(out)
     assert saved > end["step"]
 

@@ -170,6 +170,8 @@ class DistributedConfig:
     """Learn all three from the environment of the cluster: Slurm, Open MPI, Kubernetes, TPU pods."""
     timeout: int = 300
     """Seconds to wait for the others to come."""
+    heartbeat: int = 100
+    """Seconds without a sign of life after which a process counts as gone, and ends the others."""
 
 
 @dataclasses.dataclass(frozen=True)

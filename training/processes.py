@@ -42,7 +42,11 @@ def join(config: DistributedConfig) -> None:
         raise ConfigError(f"several processes need {' and '.join(missing)}, too")
     try:
         jax.distributed.initialize(
-            config.coordinator, config.processes, config.process, initialization_timeout=config.timeout
+            config.coordinator,
+            config.processes,
+            config.process,
+            initialization_timeout=config.timeout,
+            heartbeat_timeout_seconds=config.heartbeat,
         )
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"cannot meet the other processes: {' '.join(str(error).split())}") from error
