@@ -6,7 +6,8 @@ Through Sparse Flash Attention" (arXiv 2306.01160). How it is trained is left to
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ _ROPE_BASE = 100_000.0
 # Embeddings are padded to a multiple of this, which suits the tensor cores: 50257 becomes 50304.
 _VOCAB_MULTIPLE = 64
 _PAPER_PATTERN = Hash(16, exclude_self=True)
+
+type Remat = Literal["none", "attention", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,8 @@ class TransformerConfig:
             1, a factor of 1.0 starts with scores as large as separate keys have at the default.
         dtype: to compute in; parameters, norms, softmax and logits are float32.
         implementation: kernels of `sparse_attention`.
-        remat: recompute blocks in the backward pass, all but their attention.
+        remat: what the backward pass computes again of each block: "none", which keeps all; "attention", all but what
+            attention gave and the plan it went by; "full", all, so that a block keeps its input only.
     """
 
     vocab_size: int
@@ -62,7 +66,7 @@ class TransformerConfig:
     shared_scale: float | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     implementation: str | None = None
-    remat: bool = False
+    remat: Remat = "none"
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
@@ -191,7 +195,7 @@ class Transformer(nnx.Module):
             x = x + self.positions[...][None, :length]
         x = x.astype(self.config.dtype)
         stats = []
-        run = _run_block if not self.config.remat else nnx.remat(_run_block, policy=_KEEP_ATTENTION)
+        run = _remat(self.config.remat)
         for number, block in enumerate(self.blocks):
             x, seen = run(block, x, jax.random.fold_in(key, number), segment_ids)
             stats.append(seen)
@@ -215,6 +219,18 @@ _KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES,
 
 def _run_block(block: Block, x, key, segment_ids):
     return block(x, key, segment_ids)
+
+
+def _remat(remat: Remat) -> Callable[..., Any]:
+    """`_run_block`, with what its backward pass computes again."""
+    match remat:
+        case "none":
+            return _run_block
+        case "attention":
+            return nnx.remat(_run_block, policy=_KEEP_ATTENTION)
+        case "full":
+            return nnx.remat(_run_block)
+    raise ValueError(f"remat must be 'none', 'attention' or 'full', got {remat!r}.")
 
 
 def _normed(norm: nnx.LayerNorm, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

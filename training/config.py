@@ -86,8 +86,9 @@ class ModelConfig:
     """Kernels to use; default: the best for the device."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type to compute in; parameters are float32."""
-    remat: bool = False
-    """Recompute each block in the backward pass, all but its attention."""
+    remat: Literal["none", "attention", "full"] = "none"
+    """What the backward pass computes again of each block, which saves memory: none; attention (all but what attention
+    gave); full (all of it)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,4 +204,11 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
 def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
     """A saved identity, complete: settings that are newer than it had their defaults."""
-    return identity(TrainConfig()) | saved
+    return identity(TrainConfig()) | {name: as_now(name, value) for name, value in saved.items()}
+
+
+def as_now(name: str, value: Any) -> Any:
+    """A saved setting's value as it is said now: remat was once a bool."""
+    if name.endswith("remat") and isinstance(value, bool):
+        return "attention" if value else "none"
+    return value
