@@ -135,6 +135,7 @@ def test_presets_and_options():
         ),
         (["--centred", "--data.separate-documents"], "--model.centred centres across documents"),
         (["--model.implementation", "mosaic"], "--model.implementation mosaic: "),
+        (["--model.param-dtype", "bfloat16"], "--model.param-dtype bfloat16 needs --model.dtype bfloat16, got float32"),
         (["--lr", "0"], "--learning-rate must be above 0"),
         (["--lr", "nan"], "--learning-rate must be above 0"),
         (["--optimizer.clip-norm", "0"], "--optimizer.clip-norm must be above 0"),

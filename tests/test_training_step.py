@@ -1,5 +1,6 @@
 """The step: exact loss, accumulation, learning, randomness from the step alone."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 
 from models.transformer import Transformer, TransformerConfig
 from sparse_flash_jax.flax.pattern import Dense, Hash
+from tests.jaxprs import equations
 from training import loss as loss_module
 from training.batches import EvaluationBatch
 from training.config import OptimizerConfig
@@ -36,6 +38,10 @@ def start(config=DENSE, rate=3e-3, end_token=None):
     optimizer = make_optimizer(OptimizerConfig(learning_rate=rate), 40)
     structure, state = init_state(config, optimizer, seed=0)
     return structure, state, make_train_step(structure, optimizer, 0, end_token)
+
+
+def float_dtypes(tree):
+    return {leaf.dtype.name for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)}
 
 
 # Chunks of a position; of 5, the last one padded; of whole tiles of 8 rows, which is 2 positions; one chunk.
@@ -109,6 +115,39 @@ def test_learns_a_repeated_text_and_continues_it():
     keys: dict[str, Any] = {"pattern_key": jax.random.key(0), "key": jax.random.key(1)}
     continued = sample(structure, state.params, text[:16], **settings, **keys)
     np.testing.assert_array_equal(continued, text[16:24])
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_bfloat16_learns_a_repeated_text(param_dtype):
+    structure, state, step = start(dataclasses.replace(DENSE, dtype="bfloat16", param_dtype=param_dtype), rate=1e-2)
+    # All begin with the same parameters, rounded.
+    rounded = jax.tree.map(lambda leaf: leaf.astype(param_dtype), start()[1].params)
+    jax.tree.map(np.testing.assert_array_equal, state.params, rounded)
+    text = np.tile(np.arange(12), 4).astype(np.int32)
+    losses = []
+    for number in range(30):
+        phase = number % 12
+        state, metrics = step(state, np.stack([text[phase : phase + 25], text[phase + 3 : phase + 28]])[:, None])
+        losses.append(float(metrics.loss))
+    assert losses[0] > 2.5
+    assert losses[-1] < 1.0
+    assert metrics.loss.dtype == metrics.grad_norm.dtype == jnp.float32
+    assert float_dtypes(state.params) == {param_dtype}
+    assert float_dtypes(state.optimizer) == {"float32"}
+    hidden = jax.eval_shape(
+        lambda params: nnx.merge(structure, params).hidden(jnp.asarray(TOKENS), key=jax.random.key(0))[0], state.params
+    )
+    assert hidden.dtype == jnp.bfloat16
+
+
+def test_gradients_of_short_parameters_add_up_in_float32():
+    _, state, step = start(dataclasses.replace(DENSE, dtype="bfloat16", param_dtype="bfloat16"))
+    accumulation = 3
+    jaxpr = jax.make_jaxpr(step)(state, np.stack([TOKENS] * accumulation))
+    (scan,) = [e for e in equations(jaxpr) if e.primitive.name == "scan" and e.params["length"] == accumulation]
+    sums = [variable.aval for variable in scan.outvars]
+    assert {leaf.shape for leaf in jax.tree.leaves(state.params)} <= {each.shape for each in sums}
+    assert float_dtypes(sums) == {"float32"}
 
 
 def test_steps_repeat_bit_for_bit():

@@ -108,6 +108,10 @@ def _check_attention(model: ModelConfig, separate_documents: bool) -> None:
             f"--model.dense-backend {model.dense_backend} cannot keep documents apart; leave it out, or leave out"
             " --data.separate-documents"
         )
+    if model.param_dtype != "float32" and model.dtype != model.param_dtype:
+        raise ConfigError(
+            f"--model.param-dtype {model.param_dtype} needs --model.dtype {model.param_dtype}, got {model.dtype}"
+        )
     try:
         check_implementation(model.implementation, model.dtype, model.width // model.heads)
     except (ValueError, NotImplementedError) as error:

@@ -85,7 +85,10 @@ class ModelConfig:
     implementation: Literal["mosaic", "triton", "xla"] | None = None
     """Kernels to use; default: the best for the device."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type to compute in; parameters are float32."""
+    """Type to compute in."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the parameters. The optimizer's means, averages and sums of gradients are float32; still, a step that is
+    too small for a bfloat16 parameter is lost."""
     remat: Literal["none", "attention", "full"] = "none"
     """What the backward pass computes again of each block, which saves memory: none; attention (all but what attention
     gave); full (all of it)."""

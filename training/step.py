@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
     Attributes:
         step: steps taken, int32.
         params: parameters of the model.
-        optimizer: state of the optimizer.
+        optimizer: state of the optimizer, its means in float32.
     """
 
     step: Int32[Array, ""]
@@ -63,7 +63,7 @@ def init_state(
     def init(key):
         model = Transformer(config, rngs=nnx.Rngs(params=key))
         params = nnx.state(model, nnx.Param)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(_float32(params)))
 
     structure = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0))))
     return structure, init(_key(seed, _PARAMETERS))
@@ -97,14 +97,14 @@ def make_train_step(
         def add(total, micro_batch):
             number, tokens = micro_batch
             (value, layers), grads = gradient(state.params, tokens, jax.random.fold_in(key, number))
-            return jax.tree.map(jnp.add, total, (value, grads)), layers
+            return jax.tree.map(jnp.add, total, (value, _float32(grads))), layers
 
-        zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), jnp.float32), state.params))
+        zeros = jnp.zeros((), jnp.float32), optax.tree.zeros_like(state.params, dtype=jnp.float32)
         numbers = jnp.arange(accumulation, dtype=jnp.int32)
         (value, grads), layers = jax.lax.scan(add, zeros, (numbers, batch))
         value, grads = jax.tree.map(lambda x: x / accumulation, (value, grads))
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        params = jax.tree.map(jnp.add, state.params, updates)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, _float32(state.params))
+        params = optax.apply_updates(state.params, updates)
         layers = LayerStats(jnp.mean(layers.visible, axis=0), jnp.sum(layers.overflow, axis=0))
         metrics = StepMetrics(value, optax.tree.norm(grads), layers)
         return TrainState(state.step + 1, params, optimizer_state), metrics
@@ -139,6 +139,11 @@ def _total_loss(structure, params, tokens, weights, key: PRNGKeyArray, end_token
     segment_ids = None if end_token is None else document_ids(inputs, end_token)
     hidden, layers = model.hidden(inputs, key=key, segment_ids=segment_ids)
     return total_cross_entropy(model, hidden, targets, weights), layers
+
+
+def _float32(tree):
+    """What is added up over steps or micro-batches is float32, whatever the parameters are."""
+    return optax.tree.cast(tree, jnp.float32)
 
 
 def evaluation_key(seed: int) -> PRNGKeyArray:
