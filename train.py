@@ -26,7 +26,7 @@ from training.report import Report
 from training.run_folder import RunFolder, choose_folder
 from training.sampling import continue_held_out
 from training.saved_config import write_config
-from training.step import StepMetrics, TrainState, init_state, make_evaluation_step, make_train_step
+from training.step import StepMetrics, TrainState, evaluation_params, init_state, make_evaluation_step, make_train_step
 from training.stopping import StopRequest
 from training.throughput import Throughput
 from training.tokens import Tokenizer, load_tokenizer
@@ -76,7 +76,8 @@ def train(config: TrainConfig, stop: StopRequest, console: Console) -> None:
 
     model_config = transformer_config(config, tokenizer.vocab_size)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    structure, state = init_state(model_config, optimizer, config.seed)
+    ema, skip = config.optimizer.ema, config.optimizer.non_finite == "skip"
+    structure, state = init_state(model_config, optimizer, config.seed, average=ema is not None, skip_non_finite=skip)
     belongs_to = resolved_identity(config) | {"text": corpus.fingerprint}
     if folder.resume_from is not None:
         state = restore(folder.resume_from, state, belongs_to)
@@ -88,7 +89,7 @@ def train(config: TrainConfig, stop: StopRequest, console: Console) -> None:
         tokenizer=tokenizer,
         corpus=corpus,
         structure=structure,
-        train_step=make_train_step(structure, optimizer, config.seed, end_token),
+        train_step=make_train_step(structure, optimizer, config.seed, end_token, ema=ema),
         evaluation_step=make_evaluation_step(structure, config.seed, end_token),
         checkpoints=Checkpoints(folder.checkpoints, config.checkpoint.keep, belongs_to),
         metrics=MetricsLog(folder.metrics, int(state.step)),
@@ -130,7 +131,7 @@ def loop(run: Run, state: TrainState) -> tuple[TrainState, float]:
             throughput.pause()
             # Evaluated before it is saved: going on from a checkpoint, its evaluation is not missing.
             if evaluating:
-                quality = evaluate(run.evaluation_step, state.params, held_out)
+                quality = evaluate(run.evaluation_step, evaluation_params(state), held_out)
                 run.metrics.write("evaluation", done, **quality._asdict())
                 progress.say(
                     f"step {done}: held-out loss {quality.loss:.3f}, {quality.bits_per_byte:.3f} bits per byte"
@@ -198,10 +199,11 @@ def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
         run.metrics.write("end", done, reason=reason)
     else:
         held_out = run.held_out(run.config.evaluation.final_windows)
-        quality = evaluate(run.evaluation_step, state.params, held_out)
+        params = evaluation_params(state)
+        quality = evaluate(run.evaluation_step, params, held_out)
         baseline = unigram(run.corpus.train, run.tokenizer.vocab_size, held_out)
         run.metrics.write("final", done, **quality._asdict(), unigram=baseline._asdict())
-        text = continue_held_out(run.config, run.structure, state.params, run.corpus.held_out, run.tokenizer)
+        text = continue_held_out(run.config, run.structure, params, run.corpus.held_out, run.tokenizer)
         if text is not None:
             run.folder.sample.write_text(text.prompt + text.continuation, "utf-8")
             say(f"\n--- held-out text ---\n{text.prompt}\n--- its sampled continuation ---\n{text.continuation}\n---")

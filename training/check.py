@@ -29,6 +29,7 @@ def _check_numbers(config: TrainConfig) -> None:
     at_least_one = {
         "--steps": config.steps,
         "--log-every": config.log_every,
+        "--optimizer.max-skipped": optimizer.max_skipped,
         "--model.layers": model.layers,
         "--model.width": model.width,
         "--model.heads": model.heads,
@@ -65,6 +66,7 @@ def _check_numbers(config: TrainConfig) -> None:
         (above_zero, lambda value: 0 < value < math.inf, "be above 0"),
         (not_negative, lambda value: 0 <= value < math.inf, "not be negative"),
         (below_one, lambda value: 0 <= value < 1, "lie in [0, 1)"),
+        ({"--optimizer.ema": optimizer.ema}, lambda value: 0 < value < 1, "lie between 0 and 1"),
         ({"--model.auto-density": model.auto_density}, lambda value: 0 < value <= 1, "lie in (0, 1]"),
         ({"--optimizer.warmup": optimizer.warmup}, lambda value: 0 <= value <= 1, "lie in [0, 1]"),
     )

@@ -112,6 +112,12 @@ class OptimizerConfig:
     """Decay of the matrices (not of norms)."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient."""
+    ema: float | None = None
+    """Decay of a float32 average of the parameters, with which the model is evaluated and samples; default: none."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """Where the loss or the gradient of a step is not finite: stop the run, or skip that step's update and go on."""
+    max_skipped: int = 10
+    """skip: stop after so many skipped steps in a row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +208,9 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     # The text itself is compared by its fingerprint: a data folder may move.
     for moved in ("data.folder", "data.source", "data.tokenizer", "data.max_megabytes"):
         del flat[moved]
+    # Nothing that was saved would differ: a run that had to stop may go on and skip.
+    for finite in ("optimizer.non_finite", "optimizer.max_skipped"):
+        del flat[finite]
     return json.loads(json.dumps(flat))
 
 

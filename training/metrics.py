@@ -50,9 +50,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def recent_mean(path: Path, name: str, count: int = 10) -> float:
-    """The mean of a value over the last records of training steps; nan if there are none."""
+    """The mean of a value over the last records of training steps that have a finite one; nan if none has."""
     values = [record[name] for record in read_metrics(path) if record["kind"] == "train"][-count:]
-    return math.fsum(values) / len(values) if values else math.nan
+    finite = [value for value in values if value is not None]
+    return math.fsum(finite) / len(finite) if finite else math.nan
 
 
 def _line(record: dict[str, Any]) -> str:

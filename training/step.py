@@ -11,15 +11,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float32, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray
 
 from models.transformer import LayerStats, Transformer, TransformerConfig
 from training.loss import total_cross_entropy
+from training.optimizer import averaged, updated_where
 
 # Streams of randomness that never meet: folded into the run's seed.
 _PARAMETERS, _TRAINING, _EVALUATION = range(3)
 
 type Tokens = Int32[Array | np.ndarray, "*batches T1"]
+
+
+class Skipped(NamedTuple):
+    """Steps whose update was not applied, as their loss or gradient was not finite.
+
+    Attributes:
+        steps: how many, int32.
+        in_a_row: how many since the last update that was applied, int32.
+    """
+
+    steps: Int32[Array, ""]
+    in_a_row: Int32[Array, ""]
 
 
 class TrainState(NamedTuple):
@@ -29,11 +42,20 @@ class TrainState(NamedTuple):
         step: steps taken, int32.
         params: parameters of the model.
         optimizer: state of the optimizer, its means in float32.
+        ema: float32 average of the parameters; None where none is kept.
+        skipped: steps whose update was not applied; None where every update is.
     """
 
     step: Int32[Array, ""]
     params: nnx.State
     optimizer: optax.OptState
+    ema: nnx.State | None = None
+    skipped: Skipped | None = None
+
+
+def evaluation_params(state: TrainState) -> nnx.State:
+    """The parameters to evaluate and sample with: their average where one is kept."""
+    return state.params if state.ema is None else state.ema
 
 
 class StepMetrics(NamedTuple):
@@ -43,17 +65,31 @@ class StepMetrics(NamedTuple):
         loss: mean over its tokens, before the update, in nats.
         grad_norm: global norm of the gradient, before clipping.
         layers: what each layer's plan saw: the mean share of visible pairs, the sum of overflow.
+        skipped: as in the state after the step.
     """
 
     loss: Float32[Array, ""]
     grad_norm: Float32[Array, ""]
     layers: LayerStats
+    skipped: Skipped | None = None
 
 
 def init_state(
-    config: TransformerConfig, optimizer: optax.GradientTransformation, seed: int
+    config: TransformerConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    *,
+    average: bool = False,
+    skip_non_finite: bool = False,
 ) -> tuple[nnx.GraphDef, TrainState]:
     """A fresh model and optimizer.
+
+    Args:
+        config: of the model.
+        optimizer: its state is made for the parameters.
+        seed: of the run.
+        average: whether an average of the parameters is kept.
+        skip_non_finite: whether updates of steps that are not finite are skipped, and counted.
 
     Returns:
         The model's structure, with which the parameters make a `Transformer` again, and the state.
@@ -63,14 +99,26 @@ def init_state(
     def init(key):
         model = Transformer(config, rngs=nnx.Rngs(params=key))
         params = nnx.state(model, nnx.Param)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(_float32(params)))
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(
+            step=zero,
+            params=params,
+            optimizer=optimizer.init(_float32(params)),
+            ema=_float32(params) if average else None,
+            skipped=Skipped(zero, zero) if skip_non_finite else None,
+        )
 
     structure = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0))))
     return structure, init(_key(seed, _PARAMETERS))
 
 
 def make_train_step(
-    structure: nnx.GraphDef, optimizer: optax.GradientTransformation, seed: int, end_token: int | None
+    structure: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    end_token: int | None,
+    *,
+    ema: float | None = None,
 ) -> Callable[[TrainState, Tokens], tuple[TrainState, StepMetrics]]:
     """Makes the training step, which consumes its state.
 
@@ -79,9 +127,12 @@ def make_train_step(
         optimizer: applied once to the mean gradient of all the micro-batches.
         seed: of the run.
         end_token: token after which a new document begins, where tokens see only their own; else None.
+        ema: decay of the average of the parameters, for states that keep one.
 
     Returns:
-        A function of state and tokens [accumulation, size, length + 1] that gives the next state and metrics.
+        A function of state and tokens [accumulation, size, length + 1] that gives the next state and metrics. Where the
+        state counts skipped steps, an update whose loss or gradient norm is not finite changes neither parameters nor
+        any mean of them or of gradients; the step and the learning rate's schedule go on.
     """
 
     def loss(params, tokens, key):
@@ -105,11 +156,24 @@ def make_train_step(
         value, grads = jax.tree.map(lambda x: x / accumulation, (value, grads))
         updates, optimizer_state = optimizer.update(grads, state.optimizer, _float32(state.params))
         params = optax.apply_updates(state.params, updates)
+        after = state._replace(step=state.step + 1, params=params, optimizer=optimizer_state)
+        if ema is not None:
+            count = after.step if state.skipped is None else after.step - state.skipped.steps
+            after = after._replace(ema=averaged(state.ema, _float32(params), ema, count))
+        norm = optax.tree.norm(grads)
+        if state.skipped is not None:
+            after = _after_finite(jnp.isfinite(value) & jnp.isfinite(norm), after, state, state.skipped)
         layers = LayerStats(jnp.mean(layers.visible, axis=0), jnp.sum(layers.overflow, axis=0))
-        metrics = StepMetrics(value, optax.tree.norm(grads), layers)
-        return TrainState(state.step + 1, params, optimizer_state), metrics
+        return after, StepMetrics(value, norm, layers, after.skipped)
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _after_finite(finite: Bool[Array, ""], after: TrainState, before: TrainState, skipped: Skipped) -> TrainState:
+    """The state after a step that has updated it only where it was finite; a step it was all the same."""
+    missed = 1 - finite.astype(jnp.int32)
+    skipped = Skipped(skipped.steps + missed, (skipped.in_a_row + 1) * missed)
+    return updated_where(finite, after, before)._replace(step=after.step, skipped=skipped)
 
 
 def make_evaluation_step(
