@@ -15,7 +15,7 @@ from training.checkpoint import Checkpoints, restore
 from training.cli import parse
 from training.config import TrainConfig
 from training.data import Corpus, load_corpus
-from training.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
+from training.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, OutputError, writing
 from training.evaluation import Evaluation, evaluate, unigram
 from training.metrics import MetricsLog, recent_mean
 from training.model import automatic_choice, resolved_identity, transformer_config
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         config = parse(arguments)
         with StopRequest(config.max_minutes) as stop:
             train(config, stop, Console())
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError, OutputError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except NonFiniteLossError as error:
@@ -205,7 +205,8 @@ def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
         run.metrics.write("final", done, **quality._asdict(), unigram=baseline._asdict())
         text = continue_held_out(run.config, run.structure, params, run.corpus.held_out, run.tokenizer)
         if text is not None:
-            run.folder.sample.write_text(text.prompt + text.continuation, "utf-8")
+            with writing(run.folder.sample):
+                run.folder.sample.write_text(text.prompt + text.continuation, "utf-8")
             say(f"\n--- held-out text ---\n{text.prompt}\n--- its sampled continuation ---\n{text.continuation}\n---")
             run.metrics.write("sample", done, **text._asdict())
         run.metrics.write("end", done, reason=reason, tokens_per_second=tokens_per_second)
@@ -218,7 +219,8 @@ def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
     say(f"speed      {tokens_per_second:,.0f} tokens/s")
     say(f"metrics    {run.folder.metrics}")
     say(f"checkpoint {run.folder.checkpoints / str(done) if done else 'none'}")
-    drawn = plot_loss(run.folder.metrics, run.folder.plot, None if baseline is None else baseline.loss)
+    with writing(run.folder.plot):
+        drawn = plot_loss(run.folder.metrics, run.folder.plot, None if baseline is None else baseline.loss)
     say(f"plot       {run.folder.plot if drawn else 'none (needs matplotlib and a logged step)'}")
 
 

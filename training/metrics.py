@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from training.errors import writing
+
 # What a run writes once, when it ends: a run that goes on has not ended.
 _LAST = ("final", "sample", "end")
 
@@ -19,21 +21,29 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, step: int):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         records = [record for record in read_metrics(path) if record["step"] <= step and record["kind"] not in _LAST]
         fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(_line(record) for record in records), "utf-8")
-        os.replace(fresh, path)
-        self._file = path.open("a", encoding="utf-8")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh.write_text("".join(_line(record) for record in records), "utf-8")
+            os.replace(fresh, path)
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Appends a record; a number that is not finite becomes null."""
-        self._file.write(_line({"kind": kind, "step": step, **values}))
-        self._file.flush()
+        """Appends a record; a number that is not finite becomes null.
+
+        Raises:
+            OutputError: it cannot be written; the records before it are whole.
+        """
+        with writing(self._path):
+            self._file.write(_line({"kind": kind, "step": step, **values}))
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

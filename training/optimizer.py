@@ -39,9 +39,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def averaged[T](average: T, params: T, decay: float, count: Int32[Array, ""]) -> T:
     """The exponential moving average after one more update.
 
-    Its weights add up to one from the start: after n updates the last parameters have (1 - decay) / (1 - decay^n), which
-    is Adam's correction, made here so that the average is ready for evaluation at any time. The parameters of the start
-    count nothing.
+    Its weights add up to one from the start: after n updates the last parameters have (1 - decay) / (1 - decay^n), as
+    by Adam's correction, but made here so that the average is ready for evaluation at any time. The parameters of the
+    start count nothing.
 
     Args:
         average: float32, after the update before; anything finite before the first.

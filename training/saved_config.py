@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from training.config import TrainConfig, as_now
-from training.errors import CheckpointError
+from training.errors import CheckpointError, writing
 
 
 def write_config(path: Path, config: TrainConfig) -> None:
-    """Writes the settings; the file is whole at any time."""
+    """Writes the settings; the file is whole at any time.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n", "utf-8")
-    os.replace(unfinished, path)
+    with writing(path):
+        unfinished.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n", "utf-8")
+        os.replace(unfinished, path)
 
 
 def read_config(path: Path) -> TrainConfig:
