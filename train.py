@@ -47,10 +47,12 @@ class Run(NamedTuple):
     console: Console
     stop: StopRequest
 
-    def held_out(self, windows: int) -> list[EvaluationBatch]:
-        """So many windows of the held-out text."""
+    def held_out(self, windows: int, length: int | None = None) -> list[EvaluationBatch]:
+        """So many windows of the held-out text; at another length as much text, and as many tokens at once."""
         batch = self.config.batch
-        return list(evaluation_batches(self.corpus.held_out, batch.size, batch.length, windows))
+        length = batch.length if length is None else length
+        size = max(batch.size * batch.length // length, 1)
+        return list(evaluation_batches(self.corpus.held_out, size, length, -(-windows * batch.length // length)))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -186,6 +188,15 @@ def introduce(run: Run, state: TrainState) -> None:
         run.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def evaluate_lengths(run: Run, params: nnx.State) -> dict[int, Evaluation]:
+    """The quality at the lengths that are asked for, beside that of training; each compiles."""
+    windows = run.config.evaluation.final_windows
+    return {
+        length: evaluate(run.evaluation_step, params, run.held_out(windows, length))
+        for length in run.config.evaluation.lengths
+    }
+
+
 def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
     """Evaluates and samples, unless a signal asked to stop; says how it ended and where the files are."""
     done = int(state.step)
@@ -202,7 +213,9 @@ def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
         params = evaluation_params(state)
         quality = evaluate(run.evaluation_step, params, held_out)
         baseline = unigram(run.corpus.train, run.tokenizer.vocab_size, held_out)
-        run.metrics.write("final", done, **quality._asdict(), unigram=baseline._asdict())
+        lengths = evaluate_lengths(run, params)
+        at_lengths = [{"length": length} | result._asdict() for length, result in lengths.items()]
+        run.metrics.write("final", done, **quality._asdict(), unigram=baseline._asdict(), lengths=at_lengths)
         text = continue_held_out(run.config, run.structure, params, run.corpus.held_out, run.tokenizer)
         if text is not None:
             with writing(run.folder.sample):
@@ -211,7 +224,8 @@ def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
             run.metrics.write("sample", done, **text._asdict())
         run.metrics.write("end", done, reason=reason, tokens_per_second=tokens_per_second)
         say(f"\ntraining loss {recent_mean(run.folder.metrics, 'loss'):.3f} nats a token (mean of the last records)")
-        for name, result in (("held-out", quality), ("unigram ", baseline)):
+        others = [(f"held-out at {length:,} tokens:", result) for length, result in lengths.items()]
+        for name, result in (("held-out", quality), *others, ("unigram ", baseline)):
             say(
                 f"{name} loss {result.loss:.3f} nats a token, {result.bits_per_byte:.3f} bits per byte,"
                 f" perplexity {result.perplexity:.2f}"

@@ -20,6 +20,12 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(
             f"--sample.prompt {sample.prompt} and --sample.tokens {sample.tokens} must fit into --batch.length {length}"
         )
+    longest = max(config.evaluation.lengths, default=0)
+    if config.model.positions == "learned" and longest > length:
+        raise ConfigError(
+            f"--evaluation.lengths {longest} is beyond the {length} learned positions of --batch.length; leave it out,"
+            " or take --model.positions rope"
+        )
     _check_heads(config.model)
     _check_attention(config.model, config.data.separate_documents)
 
@@ -36,6 +42,7 @@ def _check_numbers(config: TrainConfig) -> None:
         "--model.key-heads": model.key_heads,
         "--model.mlp-ratio": model.mlp_ratio,
         "--model.window": model.window,
+        "--evaluation.lengths": min(config.evaluation.lengths, default=None),
         "--batch.length": batch.length,
         "--batch.size": batch.size,
         "--batch.accumulation": batch.accumulation,

@@ -142,6 +142,9 @@ class EvaluationConfig:
     """Held-out sequences of an evaluation in between, spread evenly; 0: all."""
     final_windows: int = 64
     """Held-out sequences of the last evaluation; 0: all."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of a sequence in further last evaluations, beside --batch.length: of about as much text each, of the same
+    where --evaluation.final-windows is 0. With learned positions no longer ones."""
 
 
 @dataclasses.dataclass(frozen=True)
