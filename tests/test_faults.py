@@ -13,16 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rich.console import Console
 
 import train
-from tests.test_train_cli import checkpoint_arrays, losses
+from models.transformer import LayerStats
+from tests.test_train_cli import arguments, checkpoint_arrays, losses
 from tests.test_train_cli import finished as finished
 from tests.test_train_cli import text as text
 from training.checkpoint import Checkpoints, restore
-from training.config import TrainConfig, identity
-from training.errors import CheckpointError, OutputError
+from training.config import OptimizerConfig, TrainConfig, identity
+from training.errors import CheckpointError, NonFiniteLossError, OutputError
 from training.metrics import MetricsLog, read_metrics
-from training.step import Skipped, TrainState
+from training.progress import TrainProgress
+from training.report import Report
+from training.step import Skipped, StepMetrics, TrainState
+from training.throughput import Throughput
 
 IDENTITY = identity(TrainConfig())
 SPARE = 24 << 10  # bytes that a full disk has left: metrics fit, arrays do not
@@ -133,6 +138,77 @@ def test_metrics_before_a_failed_write_are_whole(disk):
         with pytest.raises(OutputError, match="cannot be written"):
             log.close()
     assert [record["step"] for record in read_metrics(path)] == written
+
+
+def test_a_run_skips_steps_that_are_not_finite(text, tmp_path, monkeypatch, capsys):
+    """With an average, in bfloat16, and gone on with: the step that is skipped is the third."""
+    make_train_step = train.make_train_step
+
+    def make_step_that_breaks_once(*options, **settings):
+        step = make_train_step(*options, **settings)
+
+        def break_once(state, batch):
+            if int(state.step) != 2:
+                return step(state, batch)
+            kept = jax.tree.map(jnp.copy, state.params)
+            broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), state.params)
+            state, measured = step(state._replace(params=broken), batch)
+            return state._replace(params=kept), measured
+
+        return break_once
+
+    def noted(name, place):
+        inner = getattr(train, name)
+
+        def note(*arguments):
+            assert {leaf.dtype.name for leaf in jax.tree.leaves(arguments[place])} == {"float32"}
+            evaluated.append(name)
+            return inner(*arguments)
+
+        return note
+
+    evaluated: list[str] = []
+    monkeypatch.setattr(train, "evaluate", noted("evaluate", 1))
+    monkeypatch.setattr(train, "continue_held_out", noted("continue_held_out", 2))
+    monkeypatch.setattr(train, "make_train_step", make_step_that_breaks_once)
+    out = tmp_path / "run"
+    precision = ["--model.dtype", "bfloat16", "--model.param-dtype", "bfloat16"]
+    options = ["-n", "6", "--checkpoint.every", "2", "--optimizer.ema", "0.9", *precision]
+    assert main(*arguments(text, out, *options, "--optimizer.non-finite", "skip")) == 0
+    records = [record for record in read_metrics(out / "metrics.jsonl") if record["kind"] == "train"]
+    assert [record["skipped"] for record in records] == [0, 0, 1, 1, 1, 1]
+    assert [record["step"] for record in records if record["loss"] is None] == [3]
+    shown = capsys.readouterr().out
+    assert "1 steps skipped" in shown
+    assert "training loss nan" not in shown
+
+    resumed = shutil.copytree(out, tmp_path / "resumed")
+    shutil.rmtree(resumed / "checkpoints" / "6")
+    assert main("--resume", resumed) == 0
+    assert_same_arrays(resumed / "checkpoints" / "6", out / "checkpoints" / "6")
+    arrays = checkpoint_arrays(out / "checkpoints" / "6")
+    assert (arrays[".step"], arrays[".skipped.steps"], arrays[".skipped.in_a_row"]) == (6, 1, 0)
+    averages = {name: array for name, array in arrays.items() if name.startswith(".ema")}
+    assert averages
+    for name, array in averages.items():
+        assert array.dtype == np.float32
+        assert arrays[name.replace(".ema", ".params")].dtype == jnp.bfloat16
+    # What evaluates and samples is the average, in float32, not the parameters.
+    assert evaluated == ["evaluate", "continue_held_out"] * 2
+
+
+def test_too_many_skipped_in_a_row_end_the_run(tmp_path):
+    optimizer = OptimizerConfig(non_finite="skip", max_skipped=3)
+    progress = TrainProgress(0, 50, Console(quiet=True))
+    metrics = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    report = Report(TrainConfig(optimizer=optimizer), lambda step: 1.0, metrics, progress, Throughput())
+    layers = LayerStats(jnp.ones((1,)), jnp.zeros((1,), jnp.int32))
+    for step, (loss, norm) in enumerate([(np.nan, 1.0), (1.0, np.inf)], start=1):
+        report.step(step, StepMetrics(jnp.asarray(loss), jnp.asarray(norm), layers, Skipped(step + 5, step)))
+    with pytest.raises(NonFiniteLossError, match=r"step 3: .*: 3 steps in a row were skipped, --optimizer.max-skipped"):
+        report.step(3, StepMetrics(jnp.asarray(np.nan), jnp.asarray(1.0), layers, Skipped(8, 3)))
+    metrics.close()
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["reason"] == "non-finite loss"
 
 
 def small_state(step):
