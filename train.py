@@ -16,7 +16,7 @@ from training.checkpoint import Checkpoints, restore
 from training.cli import read_settings
 from training.config import TrainConfig
 from training.data import Corpus, load_corpus
-from training.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
+from training.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, OutputError, writing
 from training.evaluation import Evaluation, evaluate, unigram
 from training.mesh import Layout, make_layout
 from training.metrics import MetricsLog, recent_mean
@@ -29,7 +29,15 @@ from training.report import Report
 from training.run_folder import RunFolder, choose_folder_together
 from training.sampling import continue_held_out
 from training.saved_config import write_config
-from training.step import StepMetrics, TrainState, init_state, make_evaluation_step, make_train_step, structure_of
+from training.step import (
+    StepMetrics,
+    TrainState,
+    evaluation_params,
+    init_state,
+    make_evaluation_step,
+    make_train_step,
+    structure_of,
+)
 from training.stopping import StopRequest
 from training.throughput import Throughput
 from training.tokens import Tokenizer, load_tokenizer
@@ -51,10 +59,13 @@ class Run(NamedTuple):
     console: Console
     stop: JointStop
 
-    def held_out(self, windows: int) -> list[EvaluationBatch]:
-        """So many windows of the held-out text."""
+    def held_out(self, windows: int, length: int | None = None) -> list[EvaluationBatch]:
+        """So many windows of the held-out text; at another length as much text, and as many tokens at once."""
         batch = self.config.batch
-        return list(evaluation_batches(self.corpus.held_out, batch.size, batch.length, windows))
+        length = batch.length if length is None else length
+        parts = self.layout.sequence_parts
+        size = max(-(-batch.size * batch.length // (length * parts)), 1) * parts
+        return list(evaluation_batches(self.corpus.held_out, size, length, -(-windows * batch.length // length)))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -73,7 +84,7 @@ def run_command(arguments: Sequence[str]) -> int:
         check(config)
         with StopRequest(config.max_minutes) as stop:
             train(config, JointStop(stop), Console(quiet=not is_first()))
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError, OutputError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except NonFiniteLossError as error:
@@ -98,7 +109,10 @@ def train(config: TrainConfig, stop: JointStop, console: Console) -> None:
 
     model_config = transformer_config(config, tokenizer.vocab_size)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    structure, state = init_state(model_config, optimizer, config.seed, layout)
+    ema, skip = config.optimizer.ema, config.optimizer.non_finite == "skip"
+    structure, state = init_state(
+        model_config, optimizer, config.seed, layout, average=ema is not None, skip_non_finite=skip
+    )
     belongs_to = resolved_identity(config) | {"text": corpus.fingerprint}
     if folder.resume_from is not None:
         state = restore(folder.resume_from, state, belongs_to)
@@ -112,7 +126,7 @@ def train(config: TrainConfig, stop: JointStop, console: Console) -> None:
         layout=layout,
         structure=structure,
         train_step=make_train_step(
-            structure_of(layout.training_model(model_config)), optimizer, config.seed, end_token, layout
+            structure_of(layout.training_model(model_config)), optimizer, config.seed, end_token, layout, ema=ema
         ),
         evaluation_step=make_evaluation_step(
             structure_of(layout.evaluation_model(model_config)), config.seed, end_token
@@ -161,7 +175,7 @@ def loop(run: Run, state: TrainState) -> tuple[TrainState, float]:
             throughput.pause()
             # Evaluated before it is saved: going on from a checkpoint, its evaluation is not missing.
             if evaluating:
-                quality = evaluate(run.evaluation_step, state.params, held_out, run.layout)
+                quality = evaluate(run.evaluation_step, evaluation_params(state), held_out, run.layout)
                 run.metrics.write("evaluation", done, **quality._asdict())
                 progress.say(
                     f"step {done}: held-out loss {quality.loss:.3f}, {quality.bits_per_byte:.3f} bits per byte"
@@ -217,6 +231,15 @@ def introduce(run: Run, state: TrainState) -> None:
         run.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def evaluate_lengths(run: Run, params: nnx.State) -> dict[int, Evaluation]:
+    """The quality at the lengths that are asked for, beside that of training; each compiles."""
+    windows = run.config.evaluation.final_windows
+    return {
+        length: evaluate(run.evaluation_step, params, run.held_out(windows, length), run.layout)
+        for length in run.config.evaluation.lengths
+    }
+
+
 def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
     """Evaluates and samples, unless a signal asked to stop; says how it ended and where the files are."""
     done = int(state.step)
@@ -230,20 +253,24 @@ def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
         run.metrics.write("end", done, reason=reason)
     else:
         held_out = run.held_out(run.config.evaluation.final_windows)
-        quality = evaluate(run.evaluation_step, state.params, held_out, run.layout)
-        params = run.layout.whole(state.params)
+        params = evaluation_params(state)
+        quality, lengths = evaluate(run.evaluation_step, params, held_out, run.layout), evaluate_lengths(run, params)
+        params = run.layout.whole(params)
         if not is_first():
             return
         baseline = unigram(run.corpus.train, run.tokenizer.vocab_size, held_out)
-        run.metrics.write("final", done, **quality._asdict(), unigram=baseline._asdict())
+        at_lengths = [{"length": length} | result._asdict() for length, result in lengths.items()]
+        run.metrics.write("final", done, **quality._asdict(), unigram=baseline._asdict(), lengths=at_lengths)
         text = continue_held_out(run.config, run.structure, params, run.corpus.held_out, run.tokenizer)
         if text is not None:
-            run.folder.sample.write_text(text.prompt + text.continuation, "utf-8")
+            with writing(run.folder.sample):
+                run.folder.sample.write_text(text.prompt + text.continuation, "utf-8")
             say(f"\n--- held-out text ---\n{text.prompt}\n--- its sampled continuation ---\n{text.continuation}\n---")
             run.metrics.write("sample", done, **text._asdict())
         run.metrics.write("end", done, reason=reason, tokens_per_second=tokens_per_second)
         say(f"\ntraining loss {recent_mean(run.folder.metrics, 'loss'):.3f} nats a token (mean of the last records)")
-        for name, result in (("held-out", quality), ("unigram ", baseline)):
+        others = [(f"held-out at {length:,} tokens:", result) for length, result in lengths.items()]
+        for name, result in (("held-out", quality), *others, ("unigram ", baseline)):
             say(
                 f"{name} loss {result.loss:.3f} nats a token, {result.bits_per_byte:.3f} bits per byte,"
                 f" perplexity {result.perplexity:.2f}"
@@ -253,7 +280,8 @@ def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
     say(f"checkpoint {run.folder.checkpoints / str(done) if done else 'none'}")
     if not is_first():
         return
-    drawn = plot_loss(run.folder.metrics, run.folder.plot, None if baseline is None else baseline.loss)
+    with writing(run.folder.plot):
+        drawn = plot_loss(run.folder.metrics, run.folder.plot, None if baseline is None else baseline.loss)
     say(f"plot       {run.folder.plot if drawn else 'none (needs matplotlib and a logged step)'}")
 
 

@@ -6,7 +6,8 @@ Through Sparse Flash Attention" (arXiv 2306.01160). How it is trained is left to
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ _ROPE_BASE = 100_000.0
 _VOCAB_MULTIPLE = 64
 _PAPER_PATTERN = Hash(16, exclude_self=True)
 
+type Remat = Literal["none", "attention", "full"]
+
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
@@ -45,9 +48,11 @@ class TransformerConfig:
         shared_qk: keys are the normalised queries, in every layer.
         shared_scale: factor on the scores where keys are shared; default 1 / sqrt(H). As shared keys have length
             1, a factor of 1.0 starts with scores as large as separate keys have at the default.
-        dtype: to compute in; parameters, norms, softmax and logits are float32.
+        dtype: to compute in; norms, softmax and logits are float32.
+        param_dtype: of the parameters, drawn in float32 and rounded to it.
         implementation: kernels of `sparse_attention`.
-        remat: recompute blocks in the backward pass, all but their attention.
+        remat: what the backward pass computes again of each block: "none", which keeps all; "attention", all but what
+            attention gave and the plan it went by; "full", all, so that a block keeps its input only.
         stream: how the residual stream [B T D] lies over devices; None leaves that to XLA.
     """
 
@@ -63,8 +68,9 @@ class TransformerConfig:
     shared_qk: bool = True
     shared_scale: float | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
     implementation: str | None = None
-    remat: bool = False
+    remat: Remat = "none"
     stream: NamedSharding | None = None
 
     @property
@@ -102,7 +108,11 @@ class MLP(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         linear = functools.partial(
-            nnx.Linear, use_bias=False, dtype=jnp.dtype(config.dtype), param_dtype=jnp.float32, rngs=rngs
+            nnx.Linear,
+            use_bias=False,
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
+            rngs=rngs,
         )
         hidden = config.mlp_ratio * config.width
         self.up = linear(config.width, hidden, kernel_init=_fan_in_init(1.0))
@@ -117,7 +127,7 @@ class Block(nnx.Module):
     """Attention and MLP, each added to the residual stream after a norm."""
 
     def __init__(self, config: TransformerConfig, pattern: Pattern, *, rngs: nnx.Rngs):
-        self.attention_norm = nnx.LayerNorm(config.width, use_bias=False, rngs=rngs)
+        self.attention_norm = _layer_norm(config, rngs)
         self.attention = SparseSelfAttention(
             config.width,
             config.num_heads,
@@ -126,13 +136,14 @@ class Block(nnx.Module):
             shared_qk=config.shared_qk,
             rope_base=_ROPE_BASE if config.positions == "rope" else None,
             dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
             scale=config.shared_scale if config.shared_qk else None,
             kernel_init=_fan_in_init(1.0),
             out_kernel_init=_residual_init(config),
             implementation=config.implementation,
             rngs=rngs,
         )
-        self.mlp_norm = nnx.LayerNorm(config.width, use_bias=False, rngs=rngs)
+        self.mlp_norm = _layer_norm(config, rngs)
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
@@ -156,17 +167,15 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.embedding = nnx.Param(
-            _INIT_STD * jax.random.normal(rngs.params(), (config.padded_vocab, config.width), jnp.float32)
-        )
-        learned = config.positions == "learned"
-        self.positions = nnx.data(
-            nnx.Param(_INIT_STD * jax.random.normal(rngs.params(), (config.max_length, config.width), jnp.float32))
-            if learned
-            else None
-        )
+
+        def table(rows: int) -> nnx.Param:
+            values = _INIT_STD * jax.random.normal(rngs.params(), (rows, config.width), jnp.float32)
+            return nnx.Param(values.astype(config.param_dtype))
+
+        self.embedding = table(config.padded_vocab)
+        self.positions = nnx.data(table(config.max_length) if config.positions == "learned" else None)
         self.blocks = nnx.List([Block(config, pattern, rngs=rngs) for pattern in config.patterns])
-        self.norm = nnx.LayerNorm(config.width, use_bias=False, rngs=rngs)
+        self.norm = _layer_norm(config, rngs)
 
     def hidden(
         self, tokens: Int32[Array, "B T"], *, key: PRNGKeyArray, segment_ids: Int32[Array, "B T"] | None = None
@@ -194,7 +203,7 @@ class Transformer(nnx.Module):
             x = x + self.positions[...][None, :length]
         x = self._placed(x.astype(self.config.dtype))
         stats = []
-        run = _run_block if not self.config.remat else nnx.remat(_run_block, policy=_KEEP_ATTENTION)
+        run = _remat(self.config.remat)
         for number, block in enumerate(self.blocks):
             x, seen = run(block, x, jax.random.fold_in(key, number), segment_ids)
             x = self._placed(x)
@@ -225,14 +234,32 @@ def _run_block(block: Block, x, key, segment_ids):
     return block(x, key, segment_ids)
 
 
+def _remat(remat: Remat) -> Callable[..., Any]:
+    """`_run_block`, with what its backward pass computes again."""
+    match remat:
+        case "none":
+            return _run_block
+        case "attention":
+            return nnx.remat(_run_block, policy=_KEEP_ATTENTION)
+        case "full":
+            return nnx.remat(_run_block)
+    raise ValueError(f"remat must be 'none', 'attention' or 'full', got {remat!r}.")
+
+
 def _normed(norm: nnx.LayerNorm, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """A norm in float32, whatever the stream is kept in."""
     return norm(x.astype(jnp.float32)).astype(x.dtype)
 
 
+def _layer_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    param_dtype = jnp.dtype(config.param_dtype)
+    return nnx.LayerNorm(config.width, use_bias=False, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs)
+
+
 def _fan_in_init(variance: float):
-    """Keeps the variance of its inputs, times a factor, at any width."""
-    return nnx.initializers.variance_scaling(variance, "fan_in", "normal")
+    """Keeps the variance of its inputs, times a factor, at any width; drawn in float32, whatever it is kept in."""
+    draw = nnx.initializers.variance_scaling(variance, "fan_in", "normal")
+    return lambda key, shape, dtype: draw(key, shape, jnp.float32).astype(dtype)
 
 
 def _residual_init(config: TransformerConfig):

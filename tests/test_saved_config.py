@@ -1,6 +1,7 @@
 """A run that goes on by `--resume` alone has the settings that it was started with."""
 
 import dataclasses
+import json
 import pathlib
 import shutil
 
@@ -12,7 +13,7 @@ from tests.test_train_cli import finished as finished
 from tests.test_train_cli import losses
 from tests.test_train_cli import text as text
 from training.cli import parse
-from training.config import TrainConfig
+from training.config import TrainConfig, with_defaults
 from training.presets import PRESETS
 from training.run_folder import choose_folder
 from training.saved_config import read_config, write_config
@@ -40,6 +41,14 @@ def test_settings_of_another_version(tmp_path):
     path.write_text('{"steps": 7, "gone": 1, "model": {"layers": 2, "gone": [1]}}')
     expected = TrainConfig(steps=7)
     assert read_config(path) == dataclasses.replace(expected, model=dataclasses.replace(expected.model, layers=2))
+
+
+@pytest.mark.parametrize(("saved", "now"), [("false", "none"), ("true", "attention"), ('"full"', "full")])
+def test_remat_was_a_bool(tmp_path, saved, now):
+    path = tmp_path / "config.json"
+    path.write_text(f'{{"model": {{"remat": {saved}}}}}')
+    assert read_config(path).model.remat == now
+    assert with_defaults({"model.remat": json.loads(saved)})["model.remat"] == now
 
 
 def test_goes_on_as_it_began(finished, copied):

@@ -134,7 +134,15 @@ def test_presets_and_options():
             "--model.dense-backend xla cannot keep documents apart",
         ),
         (["--centred", "--data.separate-documents"], "--model.centred centres across documents"),
+        (["--evaluation.lengths", "512", "0"], "--evaluation.lengths must be at least 1, got 0"),
+        (
+            ["--evaluation.lengths", "512", "4096", "--model.positions", "learned"],
+            "--evaluation.lengths 4096 is beyond the 2048 learned positions of --batch.length",
+        ),
+        (["--optimizer.ema", "1"], "--optimizer.ema must lie between 0 and 1, got 1"),
+        (["--optimizer.max-skipped", "0"], "--optimizer.max-skipped must be at least 1, got 0"),
         (["--model.implementation", "mosaic"], "--model.implementation mosaic: "),
+        (["--model.param-dtype", "bfloat16"], "--model.param-dtype bfloat16 needs --model.dtype bfloat16, got float32"),
         (["--lr", "0"], "--learning-rate must be above 0"),
         (["--lr", "nan"], "--learning-rate must be above 0"),
         (["--optimizer.clip-norm", "0"], "--optimizer.clip-norm must be above 0"),
@@ -179,6 +187,24 @@ def test_a_run_leaves_its_files(finished):
     assert json.loads((finished / "config.json").read_text())["steps"] == 6
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (finished / "sample.txt").exists()
+
+
+def test_evaluates_at_other_lengths(text, finished, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "run")
+    options = ("-n", "6", "--resume", "--evaluation.final-windows", "0", "--evaluation.lengths", "16", "64", "200")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert train.main(arguments(text, out, *options)) == 0
+    (final,) = [record for record in read_metrics(out / "metrics.jsonl") if record["kind"] == "final"]
+    assert [each["length"] for each in final["lengths"]] == [16, 64, 200]
+    same = final["lengths"][1]
+    assert {name: final[name] for name in ("loss", "bits_per_byte")} == {
+        name: same[name] for name in ("loss", "bits_per_byte")
+    }
+    shown = capsys.readouterr().out
+    for each in final["lengths"]:
+        # The same text each time, and a model that has barely learned: bytes of about 8 bits.
+        assert each["bits_per_byte"] == pytest.approx(final["bits_per_byte"], rel=0.05)
+        assert f"held-out at {each['length']} tokens: loss {each['loss']:.3f} nats a token" in shown
 
 
 def test_auto_is_chosen_once_and_said(text, tmp_path, capsys, monkeypatch):

@@ -1,24 +1,28 @@
 """The step: exact loss, accumulation, learning, randomness from the step alone."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from models.transformer import Transformer, TransformerConfig
 from sparse_flash_jax.flax.pattern import Dense, Hash
+from tests.jaxprs import equations
 from training import loss as loss_module
 from training.batches import EvaluationBatch
 from training.config import OptimizerConfig
 from training.data import Stream
 from training.evaluation import evaluate, unigram
 from training.loss import total_cross_entropy
-from training.optimizer import learning_rate, make_optimizer
+from training.optimizer import learning_rate, make_optimizer, updated_where
 from training.sampling import sample
-from training.step import document_ids, init_state, make_evaluation_step, make_train_step
+from training.step import document_ids, evaluation_params, init_state, make_evaluation_step, make_train_step
 
 
 @pytest.fixture(autouse=True)
@@ -29,13 +33,30 @@ def standard_promotion():
 
 
 DENSE = TransformerConfig(vocab_size=20, num_layers=1, width=32, num_heads=2, max_length=32, attention=Dense())
+# Far fewer instructions to compile, where attention is not the question.
+CHEAP = dataclasses.replace(DENSE, attention=Dense(backend="xla"))
 TOKENS = np.random.default_rng(0).integers(0, 20, (4, 25)).astype(np.int32)
 
 
-def start(config=DENSE, rate=3e-3, end_token=None):
+def start(config=DENSE, rate=3e-3, end_token=None, ema=None, skip=False):
     optimizer = make_optimizer(OptimizerConfig(learning_rate=rate), 40)
-    structure, state = init_state(config, optimizer, seed=0)
-    return structure, state, make_train_step(structure, optimizer, 0, end_token)
+    structure, state = init_state(config, optimizer, seed=0, average=ema is not None, skip_non_finite=skip)
+    return structure, state, make_train_step(structure, optimizer, 0, end_token, ema=ema)
+
+
+@functools.cache
+def averaging_and_skipping_step():
+    return start(CHEAP, ema=0.75, skip=True)[1:]
+
+
+def averaging_and_skipping():
+    """A fresh state that averages and skips, and its step, compiled once."""
+    state, step = averaging_and_skipping_step()
+    return jax.tree.map(jnp.copy, state), step
+
+
+def float_dtypes(tree):
+    return {leaf.dtype.name for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)}
 
 
 # Chunks of a position; of 5, the last one padded; of whole tiles of 8 rows, which is 2 positions; one chunk.
@@ -111,6 +132,39 @@ def test_learns_a_repeated_text_and_continues_it():
     np.testing.assert_array_equal(continued, text[16:24])
 
 
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_bfloat16_learns_a_repeated_text(param_dtype):
+    structure, state, step = start(dataclasses.replace(CHEAP, dtype="bfloat16", param_dtype=param_dtype), rate=1e-2)
+    # All begin with the same parameters, rounded.
+    rounded = jax.tree.map(lambda leaf: leaf.astype(param_dtype), start(CHEAP)[1].params)
+    jax.tree.map(np.testing.assert_array_equal, state.params, rounded)
+    text = np.tile(np.arange(12), 4).astype(np.int32)
+    losses = []
+    for number in range(30):
+        phase = number % 12
+        state, metrics = step(state, np.stack([text[phase : phase + 25], text[phase + 3 : phase + 28]])[:, None])
+        losses.append(float(metrics.loss))
+    assert losses[0] > 2.5
+    assert losses[-1] < 1.0
+    assert metrics.loss.dtype == metrics.grad_norm.dtype == jnp.float32
+    assert float_dtypes(state.params) == {param_dtype}
+    assert float_dtypes(state.optimizer) == {"float32"}
+    hidden = jax.eval_shape(
+        lambda params: nnx.merge(structure, params).hidden(jnp.asarray(TOKENS), key=jax.random.key(0))[0], state.params
+    )
+    assert hidden.dtype == jnp.bfloat16
+
+
+def test_gradients_of_short_parameters_add_up_in_float32():
+    _, state, step = start(dataclasses.replace(DENSE, dtype="bfloat16", param_dtype="bfloat16"))
+    accumulation = 3
+    jaxpr = jax.make_jaxpr(step)(state, np.stack([TOKENS] * accumulation))
+    (scan,) = [e for e in equations(jaxpr) if e.primitive.name == "scan" and e.params["length"] == accumulation]
+    sums = [variable.aval for variable in scan.outvars]
+    assert {leaf.shape for leaf in jax.tree.leaves(state.params)} <= {each.shape for each in sums}
+    assert float_dtypes(sums) == {"float32"}
+
+
 def test_steps_repeat_bit_for_bit():
     runs = []
     for _ in range(2):
@@ -120,6 +174,62 @@ def test_steps_repeat_bit_for_bit():
             runs.append(metrics)
         runs.append(state)
     jax.tree.map(np.testing.assert_array_equal, runs[:3], runs[3:])
+
+
+def schedule_count(state):
+    is_schedule = lambda node: isinstance(node, optax.ScaleByScheduleState)
+    nodes = jax.tree.leaves(state.optimizer, is_leaf=is_schedule)
+    (node,) = [node for node in nodes if is_schedule(node)]
+    return int(node.count)
+
+
+def test_steps_that_are_not_finite_are_skipped():
+    copied = functools.partial(jax.tree.map, np.array)
+    _, state, plain_step = start(CHEAP)
+    skipping, step = averaging_and_skipping()
+    for _ in range(2):
+        (state, _), (skipping, metrics) = (f(s, TOKENS[None]) for f, s in ((plain_step, state), (step, skipping)))
+    # Where all is finite, skipping changes no bit.
+    jax.tree.map(np.testing.assert_array_equal, skipping[:3], state[:3])
+    assert metrics.skipped == (0, 0)
+
+    before = copied(skipping)
+    broken = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), before.params)
+    for missed in (1, 2):
+        skipping, metrics = step(skipping._replace(params=broken), TOKENS[None])
+        assert not np.isfinite(metrics.loss)
+        assert (skipping.skipped, metrics.skipped) == ((missed, missed),) * 2
+    after = copied(skipping)
+    assert (after.step, schedule_count(after)) == (4, 4)
+    as_before = updated_where(np.array(False), after.optimizer, before.optimizer)
+    jax.tree.map(np.testing.assert_array_equal, after.optimizer, as_before)
+    jax.tree.map(np.testing.assert_array_equal, (after.params, after.ema), (broken, before.ema))
+
+    skipping, metrics = step(skipping._replace(params=before.params), TOKENS[None])
+    assert metrics.skipped == (2, 0)
+    assert np.isfinite(metrics.loss)
+    assert float(jnp.max(jnp.abs(skipping.params["embedding"][...] - before.params["embedding"][...]))) > 0
+
+
+def test_averages_are_of_what_was_updated():
+    state, step = averaging_and_skipping()
+    first = jax.tree.map(np.array, state.params)
+    assert evaluation_params(state._replace(ema=None)) is state.params
+    seen = []
+    for number in range(4):
+        skips = number == 1
+        before = jax.tree.map(np.array, state.params)
+        broken = jax.tree.map(lambda leaf: np.full_like(leaf, np.inf), before)
+        state, _ = step(state._replace(params=broken) if skips else state, TOKENS[None])
+        if skips:
+            state = state._replace(params=before)
+        else:
+            seen.append(np.asarray(state.params["embedding"][...], np.float64))
+        weights = 0.75 ** np.arange(len(seen))[::-1]
+        expected = np.tensordot(weights / weights.sum(), np.stack(seen), axes=1)
+        # Three products and sums in float32.
+        np.testing.assert_allclose(evaluation_params(state)["embedding"][...], expected, rtol=0, atol=1e-6)
+    assert float(np.max(np.abs(expected - first["embedding"][...]))) > 1e-3
 
 
 def test_documents_are_numbered():

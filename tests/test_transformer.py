@@ -12,6 +12,7 @@ from flax import nnx
 
 from models.transformer import Transformer, TransformerConfig, dense_twin
 from sparse_flash_jax.flax.pattern import QK, Dense, Hash
+from tests.jaxprs import calls, primitives
 
 B, T = 2, 24
 KEY = jax.random.key(3)
@@ -111,13 +112,33 @@ def test_layers_and_keys_hash_anew():
     assert float(first[0]) != float(second[0])
 
 
-def test_remat_changes_nothing():
-    def gradient(remat):
-        structure, params = nnx.split(make(attention=Hash(4), remat=remat, num_layers=1), nnx.Param)
-        loss = lambda params: jnp.mean(nnx.merge(structure, params)(TOKENS, key=KEY) ** 2)
-        return jax.jit(jax.grad(loss))(params)
+def gradient_with(remat):
+    """The gradient of a block's loss, as a function of the parameters, and the parameters."""
+    structure, params = nnx.split(make(attention=Hash(4), remat=remat, num_layers=1), nnx.Param)
+    return jax.grad(lambda params: jnp.mean(nnx.merge(structure, params)(TOKENS, key=KEY) ** 2)), params
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient(True), gradient(False))
+
+# Runs of the attention's forward kernel, sorts of the plan, and GELUs (each a tanh), of one block.
+@pytest.mark.parametrize(
+    ("remat", "attends", "sorts", "gelus"), [("none", 1, 1, 1), ("attention", 1, 1, 2), ("full", 2, 2, 2)]
+)
+def test_remat_computes_again_what_it_says(remat, attends, sorts, gelus):
+    gradient, params = gradient_with(remat)
+    jaxpr = jax.make_jaxpr(gradient)(params)
+    assert (calls(jaxpr, "_attend"), calls(jaxpr, "_backward")) == (attends, 1)
+    assert (primitives(jaxpr).count("sort"), primitives(jaxpr).count("tanh")) == (sorts, gelus)
+
+
+@pytest.mark.parametrize("remat", ["attention", "full"])
+def test_remat_changes_no_gradient(remat):
+    (computed_again, params), (kept, _) = gradient_with(remat), gradient_with("none")
+    assert_close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)
+    jax.tree.map(assert_close, jax.jit(computed_again)(params), jax.jit(kept)(params))
+
+
+def test_remat_that_is_none_of_these():
+    with pytest.raises(ValueError, match="remat must be 'none', 'attention' or 'full', got True"):
+        logits(make(remat=True), TOKENS, KEY)
 
 
 def test_segments_separate_documents():

@@ -20,6 +20,12 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(
             f"--sample.prompt {sample.prompt} and --sample.tokens {sample.tokens} must fit into --batch.length {length}"
         )
+    longest = max(config.evaluation.lengths, default=0)
+    if config.model.positions == "learned" and longest > length:
+        raise ConfigError(
+            f"--evaluation.lengths {longest} is beyond the {length} learned positions of --batch.length; leave it out,"
+            " or take --model.positions rope"
+        )
     _check_heads(config.model)
     _check_attention(config.model, config.data.separate_documents)
 
@@ -29,12 +35,14 @@ def _check_numbers(config: TrainConfig) -> None:
     at_least_one = {
         "--steps": config.steps,
         "--log-every": config.log_every,
+        "--optimizer.max-skipped": optimizer.max_skipped,
         "--model.layers": model.layers,
         "--model.width": model.width,
         "--model.heads": model.heads,
         "--model.key-heads": model.key_heads,
         "--model.mlp-ratio": model.mlp_ratio,
         "--model.window": model.window,
+        "--evaluation.lengths": min(config.evaluation.lengths, default=None),
         "--batch.length": batch.length,
         "--batch.size": batch.size,
         "--batch.accumulation": batch.accumulation,
@@ -65,6 +73,7 @@ def _check_numbers(config: TrainConfig) -> None:
         (above_zero, lambda value: 0 < value < math.inf, "be above 0"),
         (not_negative, lambda value: 0 <= value < math.inf, "not be negative"),
         (below_one, lambda value: 0 <= value < 1, "lie in [0, 1)"),
+        ({"--optimizer.ema": optimizer.ema}, lambda value: 0 < value < 1, "lie between 0 and 1"),
         ({"--model.auto-density": model.auto_density}, lambda value: 0 < value <= 1, "lie in (0, 1]"),
         ({"--optimizer.warmup": optimizer.warmup}, lambda value: 0 <= value <= 1, "lie in [0, 1]"),
     )
@@ -107,6 +116,10 @@ def _check_attention(model: ModelConfig, separate_documents: bool) -> None:
         raise ConfigError(
             f"--model.dense-backend {model.dense_backend} cannot keep documents apart; leave it out, or leave out"
             " --data.separate-documents"
+        )
+    if model.param_dtype != "float32" and model.dtype != model.param_dtype:
+        raise ConfigError(
+            f"--model.param-dtype {model.param_dtype} needs --model.dtype {model.param_dtype}, got {model.dtype}"
         )
     try:
         check_implementation(model.implementation, model.dtype, model.width // model.heads)

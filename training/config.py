@@ -85,9 +85,13 @@ class ModelConfig:
     implementation: Literal["mosaic", "triton", "xla"] | None = None
     """Kernels to use; default: the best for the device."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type to compute in; parameters are float32."""
-    remat: bool = False
-    """Recompute each block in the backward pass, all but its attention."""
+    """Type to compute in."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the parameters. The optimizer's means, averages and sums of gradients are float32; still, a step that is
+    too small for a bfloat16 parameter is lost."""
+    remat: Literal["none", "attention", "full"] = "none"
+    """What the backward pass computes again of each block, which saves memory: none; attention (all but what attention
+    gave); full (all of it)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +112,12 @@ class OptimizerConfig:
     """Decay of the matrices (not of norms)."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient."""
+    ema: float | None = None
+    """Decay of a float32 average of the parameters, with which the model is evaluated and samples; default: none."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """Where the loss or the gradient of a step is not finite: stop the run, or skip that step's update and go on."""
+    max_skipped: int = 10
+    """skip: stop after so many skipped steps in a row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +142,9 @@ class EvaluationConfig:
     """Held-out sequences of an evaluation in between, spread evenly; 0: all."""
     final_windows: int = 64
     """Held-out sequences of the last evaluation; 0: all."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of a sequence in further last evaluations, beside --batch.length: of about as much text each, of the same
+    where --evaluation.final-windows is 0. With learned positions no longer ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,9 +237,19 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     # The text itself is compared by its fingerprint: a data folder may move.
     for moved in ("data.folder", "data.source", "data.tokenizer", "data.max_megabytes"):
         del flat[moved]
+    # Nothing that was saved would differ: a run that had to stop may go on and skip.
+    for finite in ("optimizer.non_finite", "optimizer.max_skipped"):
+        del flat[finite]
     return json.loads(json.dumps(flat))
 
 
 def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
     """A saved identity, complete: settings that are newer than it had their defaults."""
-    return identity(TrainConfig()) | saved
+    return identity(TrainConfig()) | {name: as_now(name, value) for name, value in saved.items()}
+
+
+def as_now(name: str, value: Any) -> Any:
+    """A saved setting's value as it is said now: remat was once a bool."""
+    if name.endswith("remat") and isinstance(value, bool):
+        return "attention" if value else "none"
+    return value

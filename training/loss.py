@@ -35,7 +35,7 @@ def total_cross_entropy(
         targets: next tokens.
         weights: of each token's loss.
     """
-    return _total(hidden, model.embedding[...], targets, weights)
+    return _total(hidden, model.embedding[...].astype(jnp.float32), targets, weights)
 
 
 @jax.custom_vjp

@@ -126,7 +126,7 @@ class Layout(NamedTuple):
         """Which part of a batch's rows this process reads, of how many."""
         if self.mesh is None:
             return 0, 1
-        parts = math.prod(self.mesh.shape[name] for name in self._sequence_axes)
+        parts = self.sequence_parts
         held = self._sharding(self._sequence_axes).addressable_devices_indices_map((parts,)).values()
         rows = sorted({(index[0].start or 0) for index in held})
         if rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows):
@@ -134,6 +134,11 @@ class Layout(NamedTuple):
                 f"a process of mesh {self} would have rows {rows} of {parts}; change the order of its axes"
             )
         return rows[0] // len(rows), parts // len(rows)
+
+    @property
+    def sequence_parts(self) -> int:
+        """What the sequences of a batch are divided into."""
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[name] for name in self._sequence_axes)
 
     @property
     def _sequence_axes(self) -> tuple[str, ...]:

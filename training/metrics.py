@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from training.errors import writing
+
 # What a run writes once, when it ends: a run that goes on has not ended.
 _LAST = ("final", "sample", "end")
 
@@ -19,25 +21,34 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path | None, step: int):
-        self._file = None
+        self._path = path
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         records = [record for record in read_metrics(path) if record["step"] <= step and record["kind"] not in _LAST]
         fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(_line(record) for record in records), "utf-8")
-        os.replace(fresh, path)
-        self._file = path.open("a", encoding="utf-8")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh.write_text("".join(_line(record) for record in records), "utf-8")
+            os.replace(fresh, path)
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Appends a record; a number that is not finite becomes null."""
-        if self._file is not None:
+        """Appends a record; a number that is not finite becomes null.
+
+        Raises:
+            OutputError: it cannot be written; the records before it are whole.
+        """
+        if self._path is None:
+            return
+        with writing(self._path):
             self._file.write(_line({"kind": kind, "step": step, **values}))
             self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        if self._file is not None:
+        if self._path is None:
+            return
+        with writing(self._path):
             self._file.close()
 
 
@@ -55,9 +66,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def recent_mean(path: Path, name: str, count: int = 10) -> float:
-    """The mean of a value over the last records of training steps; nan if there are none."""
+    """The mean of a value over the last records of training steps that have a finite one; nan if none has."""
     values = [record[name] for record in read_metrics(path) if record["kind"] == "train"][-count:]
-    return math.fsum(values) / len(values) if values else math.nan
+    finite = [value for value in values if value is not None]
+    return math.fsum(finite) / len(finite) if finite else math.nan
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -65,6 +65,7 @@ def transformer_config(config: TrainConfig, vocab_size: int) -> TransformerConfi
         shared_qk=model.shared_qk,
         shared_scale=model.shared_scale,
         dtype=model.dtype,
+        param_dtype=model.param_dtype,
         implementation=model.implementation,
         remat=model.remat,
     )

@@ -1,7 +1,11 @@
-"""AdamW: warm-up, cosine decay, clipping, and decay of matrices only."""
+"""AdamW: warm-up, cosine decay, clipping, decay of matrices only; averages of parameters; updates that are skipped."""
+
+import math
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Int32
 
 from training.config import OptimizerConfig
 
@@ -30,3 +34,36 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
         ),
     )
+
+
+def averaged[T](average: T, params: T, decay: float, count: Int32[Array, ""]) -> T:
+    """The exponential moving average after one more update.
+
+    Its weights add up to one from the start: after n updates the last parameters have (1 - decay) / (1 - decay^n), as
+    by Adam's correction, but made here so that the average is ready for evaluation at any time. The parameters of the
+    start count nothing.
+
+    Args:
+        average: float32, after the update before; anything finite before the first.
+        params: float32, after this update.
+        decay: of the weights, an update.
+        count: updates so far, this one included.
+    """
+    share = (1 - decay) / -jnp.expm1(count.astype(jnp.float32) * math.log(decay))
+    return optax.incremental_update(params, average, jnp.minimum(share, 1.0))
+
+
+def updated_where[T](applies: Bool[Array, ""], new: T, old: T) -> T:
+    """What an update made, where it applies, else what was there before: but schedules go on.
+
+    Args:
+        applies: whether the update is applied.
+        new: any tree, states of optimizers included.
+        old: the same before the update.
+    """
+    goes_on = lambda node: isinstance(node, optax.ScaleByScheduleState)
+
+    def choose(new, old):
+        return new if goes_on(new) else jnp.where(applies, new, old)
+
+    return jax.tree.map(choose, new, old, is_leaf=goes_on)

@@ -35,12 +35,12 @@ class Report(NamedTuple):
         """Reports the step after which `done` are done; waits for that step, not for any later one.
 
         Raises:
-            NonFiniteLossError: its loss or gradient is infinite or not a number.
+            NonFiniteLossError: its loss or gradient is infinite or not a number, and is not to be skipped, or too many
+                before it were, too.
         """
         loss, grad_norm = float(measured.loss), float(measured.grad_norm)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self.metrics.write("end", done, reason="non-finite loss")
-            raise NonFiniteLossError(f"step {done}: loss {loss}, gradient norm {grad_norm}")
+        skipped = None if measured.skipped is None else int(measured.skipped.steps)
+        self._check_finite(done, measured)
         batch = self.config.batch
         tokens = batch.accumulation * batch.size * batch.length
         self.throughput.add(tokens)
@@ -49,7 +49,9 @@ class Report(NamedTuple):
         speed = self.throughput.tokens_per_second
         visible, overflow = np.asarray(measured.layers.visible), int(np.sum(measured.layers.overflow))
         text = f"loss {loss:.3f}  {speed:,.0f} tokens/s  {100 * visible.mean():.1f} % of pairs visible"
-        self.progress.step(done, text + (f"  {overflow} tokens overflow" if overflow else ""))
+        text += f"  {overflow} tokens overflow" if overflow else ""
+        text += f"  {skipped} steps skipped" if skipped else ""
+        self.progress.step(done, text)
         if done % self.config.log_every == 0 or done == self.config.steps:
             self.metrics.write(
                 "train",
@@ -62,4 +64,19 @@ class Report(NamedTuple):
                 training_seconds=self.throughput.seconds,
                 visible=visible.tolist(),
                 overflow=overflow,
+                **({} if skipped is None else {"skipped": skipped}),
             )
+
+    def _check_finite(self, done: int, measured: StepMetrics) -> None:
+        """Raises where training is not to go on; notes why it ends."""
+        loss, grad_norm = float(measured.loss), float(measured.grad_norm)
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        why = f"step {done}: loss {loss}, gradient norm {grad_norm}"
+        if measured.skipped is not None:
+            in_a_row, most = int(measured.skipped.in_a_row), self.config.optimizer.max_skipped
+            if in_a_row < most:
+                return
+            why += f": {in_a_row} steps in a row were skipped, --optimizer.max-skipped is {most}"
+        self.metrics.write("end", done, reason="non-finite loss")
+        raise NonFiniteLossError(why)

@@ -8,15 +8,20 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from training.config import TrainConfig
-from training.errors import CheckpointError
+from training.config import TrainConfig, as_now
+from training.errors import CheckpointError, writing
 
 
 def write_config(path: Path, config: TrainConfig) -> None:
-    """Writes the settings; the file is whole at any time."""
+    """Writes the settings; the file is whole at any time.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n", "utf-8")
-    os.replace(unfinished, path)
+    with writing(path):
+        unfinished.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n", "utf-8")
+        os.replace(unfinished, path)
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -35,7 +40,8 @@ def read_config(path: Path) -> TrainConfig:
 def _made[T](kind: type[T], saved: dict[str, Any]) -> T:
     """A settings class out of what `json` made of it. Settings that are there no more are left out."""
     hints = typing.get_type_hints(kind)
-    return kind(**{name: _value(name, hints[name], value) for name, value in saved.items() if name in hints})
+    known = {name: as_now(name, value) for name, value in saved.items() if name in hints}
+    return kind(**{name: _value(name, hints[name], value) for name, value in known.items()})
 
 
 def _value(name: str, hint: Any, value: Any) -> Any:

@@ -11,16 +11,29 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float32, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray
 
 from models.transformer import LayerStats, Transformer, TransformerConfig
 from training.loss import total_cross_entropy
 from training.mesh import ONE_DEVICE, Layout
+from training.optimizer import averaged, updated_where
 
 # Streams of randomness that never meet: folded into the run's seed.
 _PARAMETERS, _TRAINING, _EVALUATION = range(3)
 
 type Tokens = Int32[Array | np.ndarray, "*batches T1"]
+
+
+class Skipped(NamedTuple):
+    """Steps whose update was not applied, as their loss or gradient was not finite.
+
+    Attributes:
+        steps: how many, int32.
+        in_a_row: how many since the last update that was applied, int32.
+    """
+
+    steps: Int32[Array, ""]
+    in_a_row: Int32[Array, ""]
 
 
 class TrainState(NamedTuple):
@@ -29,12 +42,21 @@ class TrainState(NamedTuple):
     Attributes:
         step: steps taken, int32.
         params: parameters of the model.
-        optimizer: state of the optimizer.
+        optimizer: state of the optimizer, its means in float32.
+        ema: float32 average of the parameters; None where none is kept.
+        skipped: steps whose update was not applied; None where every update is.
     """
 
     step: Int32[Array, ""]
     params: nnx.State
     optimizer: optax.OptState
+    ema: nnx.State | None = None
+    skipped: Skipped | None = None
+
+
+def evaluation_params(state: TrainState) -> nnx.State:
+    """The parameters to evaluate and sample with: their average where one is kept."""
+    return state.params if state.ema is None else state.ema
 
 
 class StepMetrics(NamedTuple):
@@ -44,11 +66,13 @@ class StepMetrics(NamedTuple):
         loss: mean over its tokens, before the update, in nats.
         grad_norm: global norm of the gradient, before clipping.
         layers: what each layer's plan saw: the mean share of visible pairs, the sum of overflow.
+        skipped: as in the state after the step.
     """
 
     loss: Float32[Array, ""]
     grad_norm: Float32[Array, ""]
     layers: LayerStats
+    skipped: Skipped | None = None
 
 
 def structure_of(config: TransformerConfig) -> nnx.GraphDef:
@@ -57,9 +81,23 @@ def structure_of(config: TransformerConfig) -> nnx.GraphDef:
 
 
 def init_state(
-    config: TransformerConfig, optimizer: optax.GradientTransformation, seed: int, layout: Layout = ONE_DEVICE
+    config: TransformerConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    layout: Layout = ONE_DEVICE,
+    *,
+    average: bool = False,
+    skip_non_finite: bool = False,
 ) -> tuple[nnx.GraphDef, TrainState]:
     """A fresh model and optimizer, on the devices of the layout.
+
+    Args:
+        config: of the model.
+        optimizer: its state is made for the parameters.
+        seed: of the run.
+        layout: of the devices.
+        average: whether an average of the parameters is kept.
+        skip_non_finite: whether updates of steps that are not finite are skipped, and counted.
 
     Returns:
         The model's structure, and the state.
@@ -68,7 +106,14 @@ def init_state(
     def init(key):
         model = Transformer(config, rngs=nnx.Rngs(params=key))
         params = nnx.state(model, nnx.Param)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(
+            step=zero,
+            params=params,
+            optimizer=optimizer.init(_float32(params)),
+            ema=_float32(params) if average else None,
+            skipped=Skipped(zero, zero) if skip_non_finite else None,
+        )
 
     key = _key(seed, _PARAMETERS)
     shardings = layout.of_state(jax.eval_shape(init, key))
@@ -81,6 +126,8 @@ def make_train_step(
     seed: int,
     end_token: int | None,
     layout: Layout = ONE_DEVICE,
+    *,
+    ema: float | None = None,
 ) -> Callable[[TrainState, Tokens], tuple[TrainState, StepMetrics]]:
     """Makes the training step, which consumes its state.
 
@@ -90,10 +137,12 @@ def make_train_step(
         seed: of the run.
         end_token: token after which a new document begins, where tokens see only their own; else None.
         layout: of the devices; the structure is that of its `training_model`.
+        ema: decay of the average of the parameters, for states that keep one.
 
     Returns:
         A function of state and tokens [accumulation, size, length + 1], as the layout places them, that gives the next
-        state and metrics.
+        state and metrics. Where the state counts skipped steps, an update whose loss or gradient norm is not finite
+        changes neither parameters nor any mean of them or of gradients; the step and the schedule go on.
     """
 
     def loss(params, tokens, key):
@@ -109,20 +158,33 @@ def make_train_step(
         def add(total, micro_batch):
             number, tokens = micro_batch
             (value, layers), grads = gradient(state.params, tokens, jax.random.fold_in(key, number))
-            return jax.tree.map(jnp.add, total, (value, grads)), layers
+            return jax.tree.map(jnp.add, total, (value, _float32(grads))), layers
 
-        zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), jnp.float32), state.params))
+        zeros = jnp.zeros((), jnp.float32), optax.tree.zeros_like(state.params, dtype=jnp.float32)
         numbers = jnp.arange(accumulation, dtype=jnp.int32)
         (value, grads), layers = jax.lax.scan(add, zeros, (numbers, batch))
         value, grads = jax.tree.map(lambda x: x / accumulation, (value, grads))
         value, grads, layers = layout.over_devices(value, grads, layers)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        params = jax.tree.map(jnp.add, state.params, updates)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, _float32(state.params))
+        params = optax.apply_updates(state.params, updates)
+        after = state._replace(step=state.step + 1, params=params, optimizer=optimizer_state)
+        if ema is not None:
+            count = after.step if state.skipped is None else after.step - state.skipped.steps
+            after = after._replace(ema=averaged(state.ema, _float32(params), ema, count))
+        norm = optax.tree.norm(grads)
+        if state.skipped is not None:
+            after = _after_finite(jnp.isfinite(value) & jnp.isfinite(norm), after, state, state.skipped)
         layers = LayerStats(jnp.mean(layers.visible, axis=0), jnp.sum(layers.overflow, axis=0))
-        metrics = StepMetrics(value, optax.tree.norm(grads), layers)
-        return layout.kept(TrainState(state.step + 1, params, optimizer_state), metrics)
+        return layout.kept(after, StepMetrics(value, norm, layers, after.skipped))
 
     return layout.compiled(train_step)
+
+
+def _after_finite(finite: Bool[Array, ""], after: TrainState, before: TrainState, skipped: Skipped) -> TrainState:
+    """The state after a step that has updated it only where it was finite; a step it was all the same."""
+    missed = 1 - finite.astype(jnp.int32)
+    skipped = Skipped(skipped.steps + missed, (skipped.in_a_row + 1) * missed)
+    return updated_where(finite, after, before)._replace(step=after.step, skipped=skipped)
 
 
 def make_evaluation_step(
@@ -152,6 +214,11 @@ def _total_loss(structure, params, tokens, weights, key: PRNGKeyArray, end_token
     segment_ids = None if end_token is None else document_ids(inputs, end_token)
     hidden, layers = model.hidden(inputs, key=key, segment_ids=segment_ids)
     return total_cross_entropy(model, hidden, targets, weights), layers
+
+
+def _float32(tree):
+    """What is added up over steps or micro-batches is float32, whatever the parameters are."""
+    return optax.tree.cast(tree, jnp.float32)
 
 
 def evaluation_key(seed: int) -> PRNGKeyArray:
