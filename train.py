@@ -111,10 +111,11 @@ def loop(run: Run, state: TrainState) -> tuple[TrainState, float]:
     done = int(state.step)
     unread: StepMetrics | None = None
     throughput = Throughput()
-    with TrainProgress(done, config.steps, run.console) as progress:
+    coming = batches.from_step(done)
+    with contextlib.closing(coming), TrainProgress(done, config.steps, run.console) as progress:
         report = Report(config, learning_rate(config.optimizer, config.steps), run.metrics, progress, throughput)
         while done < config.steps:
-            state, measured = run.train_step(state, batches.at(done))
+            state, measured = run.train_step(state, next(coming))
             # The device is busy with this step while the one before it is read.
             if unread is not None:
                 report_or_stop(run, report, done, unread)

@@ -1,14 +1,17 @@
 """Splits, streams and batches: who is held out, and which tokens a step sees."""
 
+import contextlib
 import lzma
+import threading
+import time
 
 import numpy as np
 import pytest
 
-from training.batches import Batches, evaluation_batches
+from training.batches import Batches, Shard, evaluation_batches
 from training.config import BatchConfig, DataConfig
 from training.data import Stream, load_corpus, split_documents
-from training.errors import DataError
+from training.errors import ConfigError, DataError
 from training.python_source import python_documents
 from training.sources import Document
 from training.tokens import ByteTokenizer
@@ -108,12 +111,54 @@ def test_stream_ends_each_document(tmp_path):
 
 def test_batches_are_a_function_of_seed_and_step():
     tokens = np.arange(1000, dtype=np.uint16)
-    batches = Batches(tokens, BatchConfig(length=16, size=2, accumulation=3), seed=0)
+    shape = BatchConfig(length=16, size=2, accumulation=3)
+    batches = Batches(tokens, shape, seed=0)
     batch = batches.at(5)
     assert (batch.shape, batch.dtype) == ((3, 2, 17), np.int32)
     np.testing.assert_array_equal(np.diff(batch, axis=-1), 1)
-    np.testing.assert_array_equal(batch, batches._replace().at(5))
-    assert np.any(batch != batches._replace(seed=1).at(5))
+    np.testing.assert_array_equal(batch, Batches(tokens, shape, seed=0).at(5))
+    assert np.any(batch != Batches(tokens, shape, seed=1).at(5))
+
+
+def test_rows_are_those_of_older_runs():
+    """A run that began under an earlier version goes on with the tokens that it would have had."""
+    batches = Batches(np.arange(1000, dtype=np.uint16), BatchConfig(length=16, size=2, accumulation=2), seed=3)
+    first = [batches.at(step)[..., 0].ravel().tolist() for step in (0, 15, 16, 1000)]
+    assert first == [[356, 852, 820, 868], [52, 83, 515, 339], [531, 403, 787, 67], [419, 835, 659, 403]]
+
+
+def test_hosts_read_parts_of_the_same_batch():
+    tokens = np.arange(500, dtype=np.uint16)
+    whole, *parts = (
+        Batches(tokens, BatchConfig(length=16, size=4, accumulation=2), 0, Shard(index, count))
+        for index, count in ((0, 1), (0, 2), (1, 2))
+    )
+    for step in (0, 3, 50):
+        np.testing.assert_array_equal(np.concatenate([part.at(step) for part in parts], axis=1), whole.at(step))
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"), [((0, 3), "--batch-size 4 must be a multiple .* 3"), ((2, 2), r"\[0, 2\), got 2")]
+)
+def test_hosts_with_unequal_parts(shard, message):
+    with pytest.raises(ConfigError, match=message):
+        Batches(np.arange(100), BatchConfig(length=16, size=4), 0, Shard(*shard))
+
+
+def test_batches_are_read_ahead_until_closed():
+    batches = Batches(np.arange(1000, dtype=np.uint16), BatchConfig(length=16, size=2), seed=0)
+    with contextlib.closing(batches.from_step(60)) as coming:
+        for step in range(60, 70):
+            np.testing.assert_array_equal(next(coming), batches.at(step))
+        assert reading_threads()
+    deadline = time.monotonic() + 30
+    while reading_threads():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def reading_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("grain")]
 
 
 def test_an_epoch_takes_each_window_once():

@@ -1,51 +1,84 @@
 """Which tokens a step sees: a pure function of (seed, step), so that resuming needs no loader state.
 
-An epoch cuts the stream into windows at a random phase and takes each of them once, in random order.
+`windows.py` says what the rows are. Here `grain` gives them to steps and hosts, and reads ahead of the
+steps while the device works.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import grain
 import numpy as np
 
 from training.config import BatchConfig
 from training.data import Stream
+from training.errors import ConfigError
+from training.windows import Windows
+
+# Rows lie in memory: a thread has the next batch long before a step is done, and a few make up for a slow moment.
+_READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
-class Batches(NamedTuple):
+class Shard(NamedTuple):
+    """The part of each global batch that a host reads.
+
+    Attributes:
+        index: of the host, from 0.
+        count: of hosts.
+    """
+
+    index: int = 0
+    count: int = 1
+
+
+_ALL = Shard()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batches:
     """The batches of a run.
 
     Attributes:
         tokens: the training stream [L].
-        shape: accumulation, sequences and tokens of a batch.
+        shape: accumulation, sequences and tokens of a global batch.
         seed: decides the order.
+        shard: rows to read of each global batch, which is the same whatever the number of hosts; default all of them.
+
+    Raises:
+        ConfigError: the hosts cannot have equal parts of a batch.
     """
 
     tokens: np.ndarray
     shape: BatchConfig
     seed: int
+    shard: Shard = _ALL
+
+    def __post_init__(self):
+        index, count = self.shard
+        if not 0 <= index < count:
+            raise ConfigError(f"the host's index must lie in [0, {count}), got {index}")
+        if self.shape.size % count:
+            raise ConfigError(f"--batch-size {self.shape.size} must be a multiple of the number of hosts, {count}")
 
     def at(self, step: int) -> np.ndarray:
-        """The batch of a step: int32 [accumulation, size, length + 1], inputs and targets overlapping."""
-        count = self.shape.accumulation * self.shape.size
-        starts = [self._start(index) for index in range(step * count, (step + 1) * count)]
-        rows = [self.tokens[start : start + self.shape.length + 1] for start in starts]
-        return np.stack(rows).astype(np.int32).reshape(self.shape.accumulation, self.shape.size, -1)
+        """The batch of a step: int32 [accumulation, size // shard.count, length + 1], inputs and targets overlapping.
 
-    def _start(self, index: int) -> int:
-        length = self.shape.length
-        windows = max((len(self.tokens) - length) // length, 1)
-        epoch, place = divmod(index, windows)
-        room = len(self.tokens) - 1 - windows * length
-        phase, order = _epoch(self.seed, epoch, windows, room)
-        return phase + int(order[place]) * length
+        Its rows are `shard.index * size // shard.count` and those that follow of the global batch.
+        """
+        return self._steps[step]
 
+    def from_step(self, step: int) -> grain.DatasetIterator[np.ndarray]:
+        """The batches from a step on, without end, read ahead in the background until the iterator is closed."""
+        return iter(self._steps[step:].to_iter_dataset(_READ_AHEAD))
 
-@functools.lru_cache(maxsize=4)
-def _epoch(seed: int, epoch: int, windows: int, largest_phase: int) -> tuple[int, np.ndarray]:
-    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    return int(generator.integers(largest_phase + 1)), generator.permutation(windows)
+    @functools.cached_property
+    def _steps(self) -> grain.MapDataset[np.ndarray]:
+        # Not shuffled here: windows come in an order of their own, with a new phase each epoch.
+        rows = grain.MapDataset.source(Windows(self.tokens, self.shape.length, self.seed))
+        index, count = self.shard
+        return rows.batch(self.shape.size // count)[index::count].batch(self.shape.accumulation)
 
 
 class EvaluationBatch(NamedTuple):
