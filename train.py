@@ -49,8 +49,8 @@ class Run(NamedTuple):
 
     def held_out(self, windows: int) -> list[EvaluationBatch]:
         """So many windows of the held-out text."""
-        batch = self.config.batch
-        return list(evaluation_batches(self.corpus.held_out, batch.size, batch.length, windows))
+        batch, packing = self.config.batch, self.config.data.packing
+        return list(evaluation_batches(self.corpus.held_out, batch.size, batch.length, windows, packing))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -82,14 +82,15 @@ def train(config: TrainConfig, stop: StopRequest, console: Console) -> None:
         state = restore(folder.resume_from, state, belongs_to)
 
     end_token = tokenizer.end if config.data.separate_documents else None
+    packed = config.data.packing == "documents"
     run = Run(
         config=config,
         folder=folder,
         tokenizer=tokenizer,
         corpus=corpus,
         structure=structure,
-        train_step=make_train_step(structure, optimizer, config.seed, end_token),
-        evaluation_step=make_evaluation_step(structure, config.seed, end_token),
+        train_step=make_train_step(structure, optimizer, config.seed, end_token, packed=packed),
+        evaluation_step=make_evaluation_step(structure, config.seed, end_token, packed=packed),
         checkpoints=Checkpoints(folder.checkpoints, config.checkpoint.keep, belongs_to),
         metrics=MetricsLog(folder.metrics, int(state.step)),
         console=console,
@@ -106,13 +107,15 @@ def train(config: TrainConfig, stop: StopRequest, console: Console) -> None:
 def loop(run: Run, state: TrainState) -> tuple[TrainState, float]:
     """Steps until the end or until asked to stop; returns the state and tokens per second."""
     config = run.config
-    batches = Batches(run.corpus.train.tokens, config.batch, config.seed)
+    batches = Batches(run.corpus.train.tokens, config.batch, config.seed, packing=config.data.packing)
     held_out = run.held_out(config.evaluation.windows)
     done = int(state.step)
     unread: StepMetrics | None = None
     throughput = Throughput()
     coming = batches.from_step(done)
     with contextlib.closing(coming), TrainProgress(done, config.steps, run.console) as progress:
+        if batches.packed is not None:
+            progress.say(f"documents packed into {len(batches.packed):,} sequences, {batches.packed.filled:.1%} filled")
         report = Report(config, learning_rate(config.optimizer, config.steps), run.metrics, progress, throughput)
         while done < config.steps:
             state, measured = run.train_step(state, next(coming))

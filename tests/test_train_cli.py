@@ -134,6 +134,7 @@ def test_presets_and_options():
             "--model.dense-backend xla cannot keep documents apart",
         ),
         (["--centred", "--data.separate-documents"], "--model.centred centres across documents"),
+        (["--centred", "--data.packing", "documents"], "--model.centred centres across documents"),
         (["--model.implementation", "mosaic"], "--model.implementation mosaic: "),
         (["--lr", "0"], "--learning-rate must be above 0"),
         (["--lr", "nan"], "--learning-rate must be above 0"),

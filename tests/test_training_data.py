@@ -23,6 +23,13 @@ def documents(count):
     return [Document(f"folder/{index}.txt", f"text {index}".encode()) for index in range(count)]
 
 
+def stream_of(lengths, end=0):
+    """A stream of documents of so many tokens, the end included: all different but the ends."""
+    tokens = np.arange(1, sum(lengths) + 1, dtype=np.int32)
+    tokens[np.cumsum(lengths) - 1] = end
+    return tokens
+
+
 def test_split_by_name_is_stable_and_complete():
     everything = documents(400)
     train, held_out = split_documents(everything, "valid")
@@ -127,10 +134,11 @@ def test_rows_are_those_of_older_runs():
     assert first == [[356, 852, 820, 868], [52, 83, 515, 339], [531, 403, 787, 67], [419, 835, 659, 403]]
 
 
-def test_hosts_read_parts_of_the_same_batch():
-    tokens = np.arange(500, dtype=np.uint16)
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+def test_hosts_read_parts_of_the_same_batch(packing):
+    tokens = stream_of([5, 40, 3, 17, 9, 60] * 4)
     whole, *parts = (
-        Batches(tokens, BatchConfig(length=16, size=4, accumulation=2), 0, Shard(index, count))
+        Batches(tokens, BatchConfig(length=16, size=4, accumulation=2), 0, Shard(index, count), packing)
         for index, count in ((0, 1), (0, 2), (1, 2))
     )
     for step in (0, 3, 50):

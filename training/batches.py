@@ -1,6 +1,6 @@
 """Which tokens a step sees: a pure function of (seed, step), so that resuming needs no loader state.
 
-`windows.py` says what the rows are. Here `grain` gives them to steps and hosts, and reads ahead of the
+`windows.py` and `packing.py` say what the rows are. Here `grain` gives them to steps and hosts, and reads ahead of the
 steps while the device works.
 """
 
@@ -12,10 +12,11 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from training.config import BatchConfig
+from training.config import BatchConfig, Packing
 from training.data import Stream
 from training.errors import ConfigError
-from training.windows import Windows
+from training.packing import PackedRows
+from training.windows import ENDLESS, Windows
 
 # Rows lie in memory: a thread has the next batch long before a step is done, and a few make up for a slow moment.
 _READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
@@ -45,6 +46,7 @@ class Batches:
         shape: accumulation, sequences and tokens of a global batch.
         seed: decides the order.
         shard: rows to read of each global batch, which is the same whatever the number of hosts; default all of them.
+        packing: "stream" for rows of `Windows`, "documents" for those of `PackedRows`.
 
     Raises:
         ConfigError: the hosts cannot have equal parts of a batch.
@@ -54,6 +56,7 @@ class Batches:
     shape: BatchConfig
     seed: int
     shard: Shard = _ALL
+    packing: Packing = "stream"
 
     def __post_init__(self):
         index, count = self.shard
@@ -74,9 +77,19 @@ class Batches:
         return iter(self._steps[step:].to_iter_dataset(_READ_AHEAD))
 
     @functools.cached_property
+    def packed(self) -> PackedRows | None:
+        """The rows that documents are packed into, of every epoch; None for windows of the stream."""
+        return PackedRows.of(self.tokens, self.shape.length) if self.packing == "documents" else None
+
+    @functools.cached_property
     def _steps(self) -> grain.MapDataset[np.ndarray]:
-        # Not shuffled here: windows come in an order of their own, with a new phase each epoch.
-        rows = grain.MapDataset.source(Windows(self.tokens, self.shape.length, self.seed))
+        if self.packed is None:
+            # Windows come in an order of their own: a new phase each epoch.
+            rows = grain.MapDataset.source(Windows(self.tokens, self.shape.length, self.seed))
+        else:
+            # An epoch's own seed is this one and its number: those of neighbouring runs must be far apart.
+            seed = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
+            rows = grain.MapDataset.source(self.packed).shuffle(seed).repeat(ENDLESS // len(self.packed))
         index, count = self.shard
         return rows.batch(self.shape.size // count)[index::count].batch(self.shape.accumulation)
 
@@ -85,8 +98,8 @@ class EvaluationBatch(NamedTuple):
     """Held-out sequences, each of their targets counted once.
 
     Attributes:
-        tokens: int32 [size, length + 1].
-        weights: float32 [size, length]; 0 where a target is only padding.
+        tokens: int32 [size, length + 1]; rows of `PackedRows` have negative ones.
+        weights: float32 [size, length]; 0 where a target is only padding, or begins a piece.
         num_bytes: bytes of text in all the targets.
     """
 
@@ -95,25 +108,35 @@ class EvaluationBatch(NamedTuple):
     num_bytes: int
 
 
-def evaluation_batches(stream: Stream, size: int, length: int, windows: int) -> Iterator[EvaluationBatch]:
-    """Windows spread evenly over the held-out stream.
+def evaluation_batches(
+    stream: Stream, size: int, length: int, windows: int, packing: Packing = "stream"
+) -> Iterator[EvaluationBatch]:
+    """Rows spread evenly over the held-out stream: windows of it, or packed documents.
 
     Args:
         stream: held-out text.
-        size: windows of a batch.
-        length: tokens of a window.
-        windows: most windows to take; 0 takes all.
+        size: rows of a batch.
+        length: tokens of a row.
+        windows: most rows to take; 0 takes all.
+        packing: as in `Batches`.
     """
-    available = -(-(len(stream.tokens) - 1) // length)
+    packed = PackedRows.of(stream.tokens, length) if packing == "documents" else None
+    available = -(-(len(stream.tokens) - 1) // length) if packed is None else len(packed)
     count = min(windows, available) if windows else available
     chosen = np.linspace(0, available - 1, count).round().astype(int) if count > 1 else np.zeros(1, int)
     for first in range(0, len(chosen), size):
         tokens = np.zeros((size, length + 1), np.int32)
         weights = np.zeros((size, length), np.float32)
         num_bytes = 0
-        for row, window in enumerate(chosen[first : first + size]):
-            piece = stream.tokens[window * length : (window + 1) * length + 1]
-            tokens[row, : len(piece)] = piece
-            weights[row, : len(piece) - 1] = 1.0
-            num_bytes += int(stream.byte_counts[window * length + 1 : (window + 1) * length + 1].sum())
+        for row, number in enumerate(chosen[first : first + size]):
+            if packed is None:
+                targets = slice(number * length + 1, (number + 1) * length + 1)
+                piece = stream.tokens[number * length : targets.stop]
+                tokens[row, : len(piece)] = piece
+                weights[row, : len(piece) - 1] = 1.0
+            else:
+                tokens[row] = packed[number]
+                weights[row] = tokens[row, 1:] >= 0
+                targets = packed.targets(number)
+            num_bytes += int(stream.byte_counts[targets].sum())
         yield EvaluationBatch(tokens, weights, num_bytes)

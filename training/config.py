@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 Kind = Literal["dense", "local", "hash", "qk", "auto"]
+Packing = Literal["stream", "documents"]
 alias = tyro.conf.arg
 
 NEWEST = "newest"
@@ -37,6 +38,15 @@ class DataConfig:
     """Which held-out part to evaluate on, where the source has both."""
     separate_documents: bool = False
     """Let no token attend to another document of its sequence."""
+    packing: Packing = "stream"
+    """How sequences are filled. stream: documents joined, and cut wherever a sequence ends. documents: whole documents,
+    as many as fit, none of which sees another; longer ones are cut into pieces. Positions count on through a sequence,
+    so that learned ones do not tell where a document began."""
+
+    @property
+    def documents_apart(self) -> bool:
+        """Whether tokens see their own document only."""
+        return self.separate_documents or self.packing == "documents"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +72,8 @@ class ModelConfig:
     buckets: Annotated[int, alias(aliases=["--buckets"])] = 16
     """hash: number of buckets (even)."""
     centred: Annotated[bool, alias(aliases=["--centred"])] = False
-    """hash: hash vectors minus their running mean, which evens buckets out. Not with --data.separate-documents."""
+    """hash: hash vectors minus their running mean, which evens buckets out. Not with --data.separate-documents or
+    --data.packing documents."""
     shared_qk: bool = True
     """Project q and v only; a key is its query, normalised per head. In all layers, so that kinds compare fairly."""
     shared_scale: float | None = None
