@@ -185,5 +185,5 @@ def test_evaluation_of_packed_documents_counts_each_target_once():
 
 
 def test_an_end_token_begins_the_next_document_where_they_are_packed():
-    tokens = np.asarray([[1, 9, 2, 3, 9, 9, 4]], np.int32)
+    tokens = jnp.asarray([[1, 9, 2, 3, 9, 9, 4]], jnp.int32)
     np.testing.assert_array_equal(document_ids(tokens, 9, packed=True), [[0, 1, 1, 1, 2, 3, 3]])

@@ -7,7 +7,7 @@ steps while the device works.
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import grain
 import numpy as np
@@ -22,7 +22,8 @@ from training.windows import ENDLESS, Windows
 _READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
-class Shard(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Shard:
     """The part of each global batch that a host reads.
 
     Attributes:
@@ -59,7 +60,7 @@ class Batches:
     packing: Packing = "stream"
 
     def __post_init__(self):
-        index, count = self.shard
+        index, count = self.shard.index, self.shard.count
         if not 0 <= index < count:
             raise ConfigError(f"the host's index must lie in [0, {count}), got {index}")
         if self.shape.size % count:
@@ -70,7 +71,7 @@ class Batches:
 
         Its rows are `shard.index * size // shard.count` and those that follow of the global batch.
         """
-        return self._steps[step]
+        return cast(np.ndarray, self._steps[step])
 
     def from_step(self, step: int) -> grain.DatasetIterator[np.ndarray]:
         """The batches from a step on, without end, read ahead in the background until the iterator is closed."""
@@ -90,8 +91,8 @@ class Batches:
             # An epoch's own seed is this one and its number: those of neighbouring runs must be far apart.
             seed = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
             rows = grain.MapDataset.source(self.packed).shuffle(seed).repeat(ENDLESS // len(self.packed))
-        index, count = self.shard
-        return rows.batch(self.shape.size // count)[index::count].batch(self.shape.accumulation)
+        hosts = self.shard.count
+        return rows.batch(self.shape.size // hosts)[self.shard.index :: hosts].batch(self.shape.accumulation)
 
 
 class EvaluationBatch(NamedTuple):

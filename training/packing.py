@@ -35,6 +35,7 @@ class Unpacked(NamedTuple):
 
 def unpack(rows: Int32[Array | np.ndarray, "B T1"]) -> Unpacked:
     """Reads packed rows, inside or outside jit."""
+    rows = jnp.asarray(rows)
     begins = rows < 0
     segment_ids = jnp.cumsum(begins.astype(jnp.int32), axis=1)[:, :-1]
     return Unpacked(jnp.where(begins, ~rows, rows), segment_ids, counted(rows))
@@ -42,7 +43,7 @@ def unpack(rows: Int32[Array | np.ndarray, "B T1"]) -> Unpacked:
 
 def counted(rows: Int32[Array | np.ndarray, "*batches T1"]) -> Float32[Array, "*batches T"]:
     """1 for each target that is learned from, else 0."""
-    return (rows[..., 1:] >= 0).astype(jnp.float32)
+    return (jnp.asarray(rows)[..., 1:] >= 0).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
