@@ -141,6 +141,7 @@ def test_presets_and_options():
         (["--optimizer.clip-norm", "0"], "--optimizer.clip-norm must be above 0"),
         (["--optimizer.beta2", "1"], r"--optimizer.beta2 must lie in \[0, 1\)"),
         (["--data.max-megabytes", "-1"], "--data.max-megabytes must be above 0"),
+        (["--data.streaming"], "--data.streaming needs a Hugging Face data set"),
         (["--seed", "-1"], "--seed must not be negative"),
     ],
 )

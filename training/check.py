@@ -6,6 +6,7 @@ from sparse_flash_jax.flax.heads import check_heads
 from sparse_flash_jax.kernels.implementations import check_implementation
 from training.config import ModelConfig, TrainConfig
 from training.errors import ConfigError
+from training.hugging_face import PREFIX
 
 
 def check(config: TrainConfig) -> None:
@@ -20,6 +21,8 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(
             f"--sample.prompt {sample.prompt} and --sample.tokens {sample.tokens} must fit into --batch.length {length}"
         )
+    if config.data.streaming and not config.data.source.startswith(PREFIX):
+        raise ConfigError(f"--data.streaming needs a Hugging Face data set, --data {PREFIX}NAME_OR_PATH")
     _check_heads(config.model)
     _check_attention(config.model, config.data.documents_apart)
 

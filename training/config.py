@@ -25,7 +25,8 @@ class DataConfig:
 
     source: Annotated[str, alias(aliases=["--data"])] = "python"
     """'python' (source code of the standard library and installed packages), 'enwik8', 'eltec', or a path: a file,
-    folder or glob, also .gz, .xz, .tar, .tar.gz, .tar.xz, and FILE.jsonl:FIELD."""
+    folder or glob, also .gz, .xz, .tar, .tar.gz, .tar.xz, and FILE.jsonl:FIELD. Or hf:NAME_OR_PATH, with the package
+    `datasets`: a Hugging Face data set's name, its folder from save_to_disk, or .json, .parquet, .csv or .txt files."""
     folder: Annotated[Path | None, alias(aliases=["--data-dir"])] = None
     """Folder that holds enwik8.xz and eltec_eng.tar.xz; else $SPARSE_FLASH_DATA, else ./data."""
     tokenizer: Annotated[str, alias(aliases=["--tokenizer"])] = "bytes"
@@ -33,9 +34,17 @@ class DataConfig:
     encoding: str = "utf-8"
     """Encoding of the files."""
     max_megabytes: float = 16.0
-    """Most text to read for the source 'python' (it bounds the start-up time)."""
+    """Most text to read for the source 'python' (it bounds the start-up time), and of one that is streamed."""
     held_out: Literal["valid", "test"] = "valid"
     """Which held-out part to evaluate on, where the source has both."""
+    configuration: str | None = None
+    """hf: configuration of the data set, where it has several."""
+    split: str = "train"
+    """hf: split to train on, or several, joined by +."""
+    field: str = "text"
+    """hf: the field that is the text."""
+    streaming: bool = False
+    """hf: read while it comes, and no more than --data.max-megabytes, in place of loading all."""
     separate_documents: bool = False
     """Let no token attend to another document of its sequence."""
     packing: Packing = "stream"
@@ -206,9 +215,9 @@ def identity(config: TrainConfig) -> dict[str, Any]:
             flat |= {f"{name}.{key}": entry for key, entry in value.items()}
         else:
             flat[name] = value
-    # The text itself is compared by its fingerprint: a data folder may move.
-    for moved in ("data.folder", "data.source", "data.tokenizer", "data.max_megabytes"):
-        del flat[moved]
+    # The text itself is compared by its fingerprint, wherever it is read from: a data folder may move.
+    for moved in ("folder", "source", "tokenizer", "max_megabytes", "configuration", "split", "field", "streaming"):
+        del flat[f"data.{moved}"]
     return json.loads(json.dumps(flat))
 
 

@@ -1,7 +1,8 @@
 """The corpus: documents split into training and held-out text, as two streams of tokens.
 
-The split never depends on a seed: directories named train, valid and test decide it where there are any; else a stable
-hash of each document's name; a single document keeps its tail for the held-out part.
+The split never depends on a seed: directories named train, valid and test decide it where there are any, and so do a
+Hugging Face data set's own splits; else a stable hash of each document's name; a single document keeps its tail for the
+held-out part.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import numpy as np
 
 from training.config import DataConfig
 from training.errors import DataError
+from training.hugging_face import PREFIX, read_hugging_face
 from training.python_source import python_documents, stable_hash
 from training.sources import Document, read_bytes, read_documents
 from training.tokens import Tokenizer
@@ -140,6 +142,9 @@ def _documents(config: DataConfig) -> tuple[list[Document], list[Document]]:
     if config.source == "eltec":
         path = _named_file(config, "eltec", ("eltec_eng.tar.xz", "eltec_eng.tar.gz", "eltec_eng"))
         return split_documents(read_documents(str(path), config.encoding), config.held_out)
+    if config.source.startswith(PREFIX):
+        train, held_out = read_hugging_face(config)
+        return (train, held_out) if held_out is not None else _split_by_hash(train)
     return split_documents(read_documents(config.source, config.encoding), config.held_out)
 
 
