@@ -30,7 +30,7 @@ class DataConfig:
     folder: Annotated[Path | None, alias(aliases=["--data-dir"])] = None
     """Folder that holds enwik8.xz and eltec_eng.tar.xz; else $SPARSE_FLASH_DATA, else ./data."""
     tokenizer: Annotated[str, alias(aliases=["--tokenizer"])] = "bytes"
-    """'bytes', or the JSON file of a Hugging Face `tokenizers` tokenizer."""
+    """'bytes', or the JSON file of a Hugging Face `tokenizers` tokenizer; `python -m training.bpe FILE` trains one."""
     encoding: str = "utf-8"
     """Encoding of the files."""
     max_megabytes: float = 16.0

@@ -66,7 +66,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, length: int) -> Corpus
     Raises:
         DataError: the text is missing, unreadable, or shorter than one sequence.
     """
-    train_documents, held_out_documents = _documents(config)
+    train_documents, held_out_documents = read_split(config)
     train = _stream(train_documents, tokenizer)
     held_out = _stream(held_out_documents, tokenizer)
     if len(train.tokens) < length + 1:
@@ -128,7 +128,12 @@ def _character_start(text: bytes, index: int) -> int:
     return index
 
 
-def _documents(config: DataConfig) -> tuple[list[Document], list[Document]]:
+def read_split(config: DataConfig) -> tuple[list[Document], list[Document]]:
+    """Training and held-out documents of a source.
+
+    Raises:
+        DataError: the text is missing or unreadable.
+    """
     if config.source == "python":
         # A package's folder named train means nothing here.
         return _split_by_hash(python_documents(round(config.max_megabytes * 1e6)))
