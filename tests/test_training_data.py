@@ -5,15 +5,19 @@ import lzma
 import threading
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from training.batches import Batches, Shard, evaluation_batches
-from training.config import BatchConfig, DataConfig
+from training.checkpoint import Checkpoints, restore
+from training.config import BatchConfig, DataConfig, TrainConfig, identity, with_defaults
 from training.data import Stream, load_corpus, split_documents
-from training.errors import ConfigError, DataError
+from training.errors import CheckpointError, ConfigError, DataError
 from training.python_source import python_documents
 from training.sources import Document
+from training.step import TrainState
 from training.tokens import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -114,6 +118,39 @@ def test_stream_ends_each_document(tmp_path):
     assert again.fingerprint == corpus.fingerprint
     (tmp_path / "a").write_text("a" * 29 + "z")
     assert load_corpus(DataConfig(source=str(tmp_path)), BYTES, 8).fingerprint != corpus.fingerprint
+
+
+@pytest.mark.parametrize("changed", ["text", "tokenizer"])
+def test_a_run_does_not_go_on_with_other_text(tmp_path, changed):
+    """The file of a run is edited in place: its checkpoints say so, and are good again when the edit is undone."""
+    path = tmp_path / "text.txt"
+    path.write_text("the text of a run\n" * 50)
+    config = TrainConfig(data=DataConfig(source=str(path)))
+    belongs_to = lambda tokenizer: identity(config) | {"text": load_corpus(config.data, tokenizer, 16).fingerprint}
+    state = TrainState(jnp.ones((), jnp.int32), nnx.State({}), ())
+    with Checkpoints(tmp_path / "checkpoints", 1, belongs_to(BYTES)) as checkpoints:
+        checkpoints.save(state, 1)
+    before, tokenizer = path.read_text(), BYTES
+    if changed == "text":
+        path.write_text(before.replace("run", "fun", 1))
+    else:
+        tokenizer = ByteTokenizer()
+        tokenizer.fingerprint = "other"
+    checkpoint = tmp_path / "checkpoints" / "1"
+    with pytest.raises(CheckpointError, match=r"text was .*, now .*the text has changed, or its tokens: name the same"):
+        restore(checkpoint, state, belongs_to(tokenizer))
+    path.write_text(before)
+    assert int(restore(checkpoint, state, belongs_to(BYTES)).step) == 1
+
+
+def test_what_belongs_to_a_run():
+    """How sequences are filled; of where the text is, nothing: its fingerprint says what it is."""
+    changed = lambda **options: identity(TrainConfig(data=DataConfig(**options)))
+    moved = changed(source="hf:a", configuration="b", split="c", field="d", streaming=True, max_megabytes=1.0)
+    assert moved == identity(TrainConfig())
+    assert changed(packing="documents") != moved
+    older = {name: value for name, value in moved.items() if name != "data.packing"}
+    assert with_defaults(older) == moved
 
 
 def test_batches_are_a_function_of_seed_and_step():
