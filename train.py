@@ -61,11 +61,12 @@ class Run(NamedTuple):
 
     def held_out(self, windows: int, length: int | None = None) -> list[EvaluationBatch]:
         """So many windows of the held-out text; at another length as much text, and as many tokens at once."""
-        batch = self.config.batch
+        batch, packing = self.config.batch, self.config.data.packing
         length = batch.length if length is None else length
         parts = self.layout.sequence_parts
         size = max(-(-batch.size * batch.length // (length * parts)), 1) * parts
-        return list(evaluation_batches(self.corpus.held_out, size, length, -(-windows * batch.length // length)))
+        windows = -(-windows * batch.length // length)
+        return list(evaluation_batches(self.corpus.held_out, size, length, windows, packing))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -118,6 +119,7 @@ def train(config: TrainConfig, stop: JointStop, console: Console) -> None:
         state = restore(folder.resume_from, state, belongs_to)
 
     end_token = tokenizer.end if config.data.separate_documents else None
+    packed = config.data.packing == "documents"
     run = Run(
         config=config,
         folder=folder,
@@ -126,10 +128,16 @@ def train(config: TrainConfig, stop: JointStop, console: Console) -> None:
         layout=layout,
         structure=structure,
         train_step=make_train_step(
-            structure_of(layout.training_model(model_config)), optimizer, config.seed, end_token, layout, ema=ema
+            structure_of(layout.training_model(model_config)),
+            optimizer,
+            config.seed,
+            end_token,
+            layout,
+            ema=ema,
+            packed=packed,
         ),
         evaluation_step=make_evaluation_step(
-            structure_of(layout.evaluation_model(model_config)), config.seed, end_token
+            structure_of(layout.evaluation_model(model_config)), config.seed, end_token, packed=packed
         ),
         checkpoints=Checkpoints(folder.checkpoints, config.checkpoint.keep, belongs_to),
         metrics=MetricsLog(folder.metrics if is_first() else None, int(state.step)),
@@ -148,18 +156,19 @@ def train(config: TrainConfig, stop: JointStop, console: Console) -> None:
 def loop(run: Run, state: TrainState) -> tuple[TrainState, float]:
     """Steps until the end or until asked to stop; returns the state and tokens per second."""
     config = run.config
-    batches = Batches(run.corpus.train.tokens, config.batch, config.seed)
+    batches = Batches(run.corpus.train.tokens, config.batch, config.seed, run.layout.shard, config.data.packing)
     held_out = run.held_out(config.evaluation.windows)
-    part, parts = run.layout.shard
-    rows = slice(part * config.batch.size // parts, (part + 1) * config.batch.size // parts)
     done = int(state.step)
     unread: StepMetrics | None = None
     throughput = Throughput()
-    with TrainProgress(done, config.steps, run.console) as progress:
+    coming = batches.from_step(done)
+    with contextlib.closing(coming), TrainProgress(done, config.steps, run.console) as progress:
+        if batches.packed is not None:
+            progress.say(f"documents packed into {len(batches.packed):,} sequences, {batches.packed.filled:.1%} filled")
         report = Report(config, learning_rate(config.optimizer, config.steps), run.metrics, progress, throughput)
         while done < config.steps:
             run.stop.ask()
-            state, measured = run.train_step(state, run.layout.place(batches.at(done)[:, rows]))
+            state, measured = run.train_step(state, run.layout.place(next(coming)))
             # The device is busy with this step while the one before it is read.
             if unread is not None:
                 report_or_stop(run, report, done, unread)

@@ -141,6 +141,7 @@ def test_presets_and_options():
         ),
         (["--optimizer.ema", "1"], "--optimizer.ema must lie between 0 and 1, got 1"),
         (["--optimizer.max-skipped", "0"], "--optimizer.max-skipped must be at least 1, got 0"),
+        (["--centred", "--data.packing", "documents"], "--model.centred centres across documents"),
         (["--model.implementation", "mosaic"], "--model.implementation mosaic: "),
         (["--model.param-dtype", "bfloat16"], "--model.param-dtype bfloat16 needs --model.dtype bfloat16, got float32"),
         (["--lr", "0"], "--learning-rate must be above 0"),
@@ -148,6 +149,7 @@ def test_presets_and_options():
         (["--optimizer.clip-norm", "0"], "--optimizer.clip-norm must be above 0"),
         (["--optimizer.beta2", "1"], r"--optimizer.beta2 must lie in \[0, 1\)"),
         (["--data.max-megabytes", "-1"], "--data.max-megabytes must be above 0"),
+        (["--data.streaming"], "--data.streaming needs a Hugging Face data set"),
         (["--seed", "-1"], "--seed must not be negative"),
     ],
 )

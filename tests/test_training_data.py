@@ -1,16 +1,23 @@
 """Splits, streams and batches: who is held out, and which tokens a step sees."""
 
+import contextlib
 import lzma
+import threading
+import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from training.batches import Batches, evaluation_batches
-from training.config import BatchConfig, DataConfig
+from training.batches import Batches, Shard, evaluation_batches
+from training.checkpoint import Checkpoints, restore
+from training.config import BatchConfig, DataConfig, TrainConfig, identity, with_defaults
 from training.data import Stream, load_corpus, split_documents
-from training.errors import DataError
+from training.errors import CheckpointError, ConfigError, DataError
 from training.python_source import python_documents
 from training.sources import Document
+from training.step import TrainState
 from training.tokens import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -18,6 +25,13 @@ BYTES = ByteTokenizer()
 
 def documents(count):
     return [Document(f"folder/{index}.txt", f"text {index}".encode()) for index in range(count)]
+
+
+def stream_of(lengths, end=0):
+    """A stream of documents of so many tokens, the end included: all different but the ends."""
+    tokens = np.arange(1, sum(lengths) + 1, dtype=np.int32)
+    tokens[np.cumsum(lengths) - 1] = end
+    return tokens
 
 
 def test_split_by_name_is_stable_and_complete():
@@ -106,14 +120,90 @@ def test_stream_ends_each_document(tmp_path):
     assert load_corpus(DataConfig(source=str(tmp_path)), BYTES, 8).fingerprint != corpus.fingerprint
 
 
+@pytest.mark.parametrize("changed", ["text", "tokenizer"])
+def test_a_run_does_not_go_on_with_other_text(tmp_path, changed):
+    """The file of a run is edited in place: its checkpoints say so, and are good again when the edit is undone."""
+    path = tmp_path / "text.txt"
+    path.write_text("the text of a run\n" * 50)
+    config = TrainConfig(data=DataConfig(source=str(path)))
+    belongs_to = lambda tokenizer: identity(config) | {"text": load_corpus(config.data, tokenizer, 16).fingerprint}
+    state = TrainState(jnp.ones((), jnp.int32), nnx.State({}), ())
+    with Checkpoints(tmp_path / "checkpoints", 1, belongs_to(BYTES)) as checkpoints:
+        checkpoints.save(state, 1)
+    before, tokenizer = path.read_text(), BYTES
+    if changed == "text":
+        path.write_text(before.replace("run", "fun", 1))
+    else:
+        tokenizer = ByteTokenizer()
+        tokenizer.fingerprint = "other"
+    checkpoint = tmp_path / "checkpoints" / "1"
+    with pytest.raises(CheckpointError, match=r"text was .*, now .*the text has changed, or its tokens: name the same"):
+        restore(checkpoint, state, belongs_to(tokenizer))
+    path.write_text(before)
+    assert int(restore(checkpoint, state, belongs_to(BYTES)).step) == 1
+
+
+def test_what_belongs_to_a_run():
+    """How sequences are filled; of where the text is, nothing: its fingerprint says what it is."""
+    changed = lambda **options: identity(TrainConfig(data=DataConfig(**options)))
+    moved = changed(source="hf:a", configuration="b", split="c", field="d", streaming=True, max_megabytes=1.0)
+    assert moved == identity(TrainConfig())
+    assert changed(packing="documents") != moved
+    older = {name: value for name, value in moved.items() if name != "data.packing"}
+    assert with_defaults(older) == moved
+
+
 def test_batches_are_a_function_of_seed_and_step():
     tokens = np.arange(1000, dtype=np.uint16)
-    batches = Batches(tokens, BatchConfig(length=16, size=2, accumulation=3), seed=0)
+    shape = BatchConfig(length=16, size=2, accumulation=3)
+    batches = Batches(tokens, shape, seed=0)
     batch = batches.at(5)
     assert (batch.shape, batch.dtype) == ((3, 2, 17), np.int32)
     np.testing.assert_array_equal(np.diff(batch, axis=-1), 1)
-    np.testing.assert_array_equal(batch, batches._replace().at(5))
-    assert np.any(batch != batches._replace(seed=1).at(5))
+    np.testing.assert_array_equal(batch, Batches(tokens, shape, seed=0).at(5))
+    assert np.any(batch != Batches(tokens, shape, seed=1).at(5))
+
+
+def test_rows_are_those_of_older_runs():
+    """A run that began under an earlier version goes on with the tokens that it would have had."""
+    batches = Batches(np.arange(1000, dtype=np.uint16), BatchConfig(length=16, size=2, accumulation=2), seed=3)
+    first = [batches.at(step)[..., 0].ravel().tolist() for step in (0, 15, 16, 1000)]
+    assert first == [[356, 852, 820, 868], [52, 83, 515, 339], [531, 403, 787, 67], [419, 835, 659, 403]]
+
+
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+def test_hosts_read_parts_of_the_same_batch(packing):
+    tokens = stream_of([5, 40, 3, 17, 9, 60] * 4)
+    whole, *parts = (
+        Batches(tokens, BatchConfig(length=16, size=4, accumulation=2), 0, Shard(index, count), packing)
+        for index, count in ((0, 1), (0, 2), (1, 2))
+    )
+    for step in (0, 3, 50):
+        np.testing.assert_array_equal(np.concatenate([part.at(step) for part in parts], axis=1), whole.at(step))
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"), [((0, 3), "--batch-size 4 must be a multiple .* 3"), ((2, 2), r"\[0, 2\), got 2")]
+)
+def test_hosts_with_unequal_parts(shard, message):
+    with pytest.raises(ConfigError, match=message):
+        Batches(np.arange(100), BatchConfig(length=16, size=4), 0, Shard(*shard))
+
+
+def test_batches_are_read_ahead_until_closed():
+    batches = Batches(np.arange(1000, dtype=np.uint16), BatchConfig(length=16, size=2), seed=0)
+    with contextlib.closing(batches.from_step(60)) as coming:
+        for step in range(60, 70):
+            np.testing.assert_array_equal(next(coming), batches.at(step))
+        assert reading_threads()
+    deadline = time.monotonic() + 30
+    while reading_threads():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def reading_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("grain")]
 
 
 def test_an_epoch_takes_each_window_once():

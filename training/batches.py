@@ -1,59 +1,106 @@
 """Which tokens a step sees: a pure function of (seed, step), so that resuming needs no loader state.
 
-An epoch cuts the stream into windows at a random phase and takes each of them once, in random order.
+`windows.py` and `packing.py` say what the rows are. Here `grain` gives them to steps and hosts, and reads ahead of the
+steps while the device works.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+import grain
 import numpy as np
 
-from training.config import BatchConfig
+from training.config import BatchConfig, Packing
 from training.data import Stream
+from training.errors import ConfigError
+from training.packing import PackedRows
+from training.windows import ENDLESS, Windows
+
+# Rows lie in memory: a thread has the next batch long before a step is done, and a few make up for a slow moment.
+_READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
-class Batches(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """The part of each global batch that a host reads.
+
+    Attributes:
+        index: of the host, from 0.
+        count: of hosts.
+    """
+
+    index: int = 0
+    count: int = 1
+
+
+_ALL = Shard()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batches:
     """The batches of a run.
 
     Attributes:
         tokens: the training stream [L].
-        shape: accumulation, sequences and tokens of a batch.
+        shape: accumulation, sequences and tokens of a global batch.
         seed: decides the order.
+        shard: rows to read of each global batch, which is the same whatever the number of hosts; default all of them.
+        packing: "stream" for rows of `Windows`, "documents" for those of `PackedRows`.
+
+    Raises:
+        ConfigError: the hosts cannot have equal parts of a batch.
     """
 
     tokens: np.ndarray
     shape: BatchConfig
     seed: int
+    shard: Shard = _ALL
+    packing: Packing = "stream"
+
+    def __post_init__(self):
+        index, count = self.shard.index, self.shard.count
+        if not 0 <= index < count:
+            raise ConfigError(f"the host's index must lie in [0, {count}), got {index}")
+        if self.shape.size % count:
+            raise ConfigError(f"--batch-size {self.shape.size} must be a multiple of the number of hosts, {count}")
 
     def at(self, step: int) -> np.ndarray:
-        """The batch of a step: int32 [accumulation, size, length + 1], inputs and targets overlapping."""
-        count = self.shape.accumulation * self.shape.size
-        starts = [self._start(index) for index in range(step * count, (step + 1) * count)]
-        rows = [self.tokens[start : start + self.shape.length + 1] for start in starts]
-        return np.stack(rows).astype(np.int32).reshape(self.shape.accumulation, self.shape.size, -1)
+        """The batch of a step: int32 [accumulation, size // shard.count, length + 1], inputs and targets overlapping.
 
-    def _start(self, index: int) -> int:
-        length = self.shape.length
-        windows = max((len(self.tokens) - length) // length, 1)
-        epoch, place = divmod(index, windows)
-        room = len(self.tokens) - 1 - windows * length
-        phase, order = _epoch(self.seed, epoch, windows, room)
-        return phase + int(order[place]) * length
+        Its rows are `shard.index * size // shard.count` and those that follow of the global batch.
+        """
+        return cast(np.ndarray, self._steps[step])
 
+    def from_step(self, step: int) -> grain.DatasetIterator[np.ndarray]:
+        """The batches from a step on, without end, read ahead in the background until the iterator is closed."""
+        return iter(self._steps[step:].to_iter_dataset(_READ_AHEAD))
 
-@functools.lru_cache(maxsize=4)
-def _epoch(seed: int, epoch: int, windows: int, largest_phase: int) -> tuple[int, np.ndarray]:
-    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    return int(generator.integers(largest_phase + 1)), generator.permutation(windows)
+    @functools.cached_property
+    def packed(self) -> PackedRows | None:
+        """The rows that documents are packed into, of every epoch; None for windows of the stream."""
+        return PackedRows.of(self.tokens, self.shape.length) if self.packing == "documents" else None
+
+    @functools.cached_property
+    def _steps(self) -> grain.MapDataset[np.ndarray]:
+        if self.packed is None:
+            # Windows come in an order of their own: a new phase each epoch.
+            rows = grain.MapDataset.source(Windows(self.tokens, self.shape.length, self.seed))
+        else:
+            # An epoch's own seed is this one and its number: those of neighbouring runs must be far apart.
+            seed = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
+            rows = grain.MapDataset.source(self.packed).shuffle(seed).repeat(ENDLESS // len(self.packed))
+        hosts = self.shard.count
+        return rows.batch(self.shape.size // hosts)[self.shard.index :: hosts].batch(self.shape.accumulation)
 
 
 class EvaluationBatch(NamedTuple):
     """Held-out sequences, each of their targets counted once.
 
     Attributes:
-        tokens: int32 [size, length + 1].
-        weights: float32 [size, length]; 0 where a target is only padding.
+        tokens: int32 [size, length + 1]; rows of `PackedRows` have negative ones.
+        weights: float32 [size, length]; 0 where a target is only padding, or begins a piece.
         num_bytes: bytes of text in all the targets.
     """
 
@@ -62,25 +109,35 @@ class EvaluationBatch(NamedTuple):
     num_bytes: int
 
 
-def evaluation_batches(stream: Stream, size: int, length: int, windows: int) -> Iterator[EvaluationBatch]:
-    """Windows spread evenly over the held-out stream.
+def evaluation_batches(
+    stream: Stream, size: int, length: int, windows: int, packing: Packing = "stream"
+) -> Iterator[EvaluationBatch]:
+    """Rows spread evenly over the held-out stream: windows of it, or packed documents.
 
     Args:
         stream: held-out text.
-        size: windows of a batch.
-        length: tokens of a window.
-        windows: most windows to take; 0 takes all.
+        size: rows of a batch.
+        length: tokens of a row.
+        windows: most rows to take; 0 takes all.
+        packing: as in `Batches`.
     """
-    available = -(-(len(stream.tokens) - 1) // length)
+    packed = PackedRows.of(stream.tokens, length) if packing == "documents" else None
+    available = -(-(len(stream.tokens) - 1) // length) if packed is None else len(packed)
     count = min(windows, available) if windows else available
     chosen = np.linspace(0, available - 1, count).round().astype(int) if count > 1 else np.zeros(1, int)
     for first in range(0, len(chosen), size):
         tokens = np.zeros((size, length + 1), np.int32)
         weights = np.zeros((size, length), np.float32)
         num_bytes = 0
-        for row, window in enumerate(chosen[first : first + size]):
-            piece = stream.tokens[window * length : (window + 1) * length + 1]
-            tokens[row, : len(piece)] = piece
-            weights[row, : len(piece) - 1] = 1.0
-            num_bytes += int(stream.byte_counts[window * length + 1 : (window + 1) * length + 1].sum())
+        for row, number in enumerate(chosen[first : first + size]):
+            if packed is None:
+                targets = slice(number * length + 1, (number + 1) * length + 1)
+                piece = stream.tokens[number * length : targets.stop]
+                tokens[row, : len(piece)] = piece
+                weights[row, : len(piece) - 1] = 1.0
+            else:
+                tokens[row] = packed[number]
+                weights[row] = tokens[row, 1:] >= 0
+                targets = packed.targets(number)
+            num_bytes += int(stream.byte_counts[targets].sum())
         yield EvaluationBatch(tokens, weights, num_bytes)

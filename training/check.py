@@ -6,6 +6,7 @@ from sparse_flash_jax.flax.heads import check_heads
 from sparse_flash_jax.kernels.implementations import check_implementation
 from training.config import ModelConfig, TrainConfig
 from training.errors import ConfigError
+from training.hugging_face import PREFIX
 
 
 def check(config: TrainConfig) -> None:
@@ -26,8 +27,10 @@ def check(config: TrainConfig) -> None:
             f"--evaluation.lengths {longest} is beyond the {length} learned positions of --batch.length; leave it out,"
             " or take --model.positions rope"
         )
+    if config.data.streaming and not config.data.source.startswith(PREFIX):
+        raise ConfigError(f"--data.streaming needs a Hugging Face data set, --data {PREFIX}NAME_OR_PATH")
     _check_heads(config.model)
-    _check_attention(config.model, config.data.separate_documents)
+    _check_attention(config.model, config.data.documents_apart)
 
 
 def _check_numbers(config: TrainConfig) -> None:
@@ -96,7 +99,7 @@ def _check_heads(model: ModelConfig) -> None:
         ) from error
 
 
-def _check_attention(model: ModelConfig, separate_documents: bool) -> None:
+def _check_attention(model: ModelConfig, documents_apart: bool) -> None:
     if len(model.attention) not in (1, model.layers):
         raise ConfigError(
             f"--model.attention takes one kind or one for each of the {model.layers} layers, got {len(model.attention)}"
@@ -108,14 +111,15 @@ def _check_attention(model: ModelConfig, separate_documents: bool) -> None:
         raise ConfigError(f"--model.rate must be below 1, got {model.rate}")
     if "hash" in kinds and (model.buckets < 2 or model.buckets % 2):
         raise ConfigError(f"--model.buckets must be even and at least 2, got {model.buckets}")
-    if "hash" in kinds and model.centred and separate_documents:
+    if "hash" in kinds and model.centred and documents_apart:
         raise ConfigError(
-            "--model.centred centres across documents; leave it out, or leave out --data.separate-documents"
+            "--model.centred centres across documents; leave it out, or leave out --data.separate-documents and"
+            " --data.packing documents"
         )
-    if "dense" in model.attention and model.dense_backend != "sparse_flash" and separate_documents:
+    if "dense" in model.attention and model.dense_backend != "sparse_flash" and documents_apart:
         raise ConfigError(
             f"--model.dense-backend {model.dense_backend} cannot keep documents apart; leave it out, or leave out"
-            " --data.separate-documents"
+            " --data.separate-documents and --data.packing documents"
         )
     if model.param_dtype != "float32" and model.dtype != model.param_dtype:
         raise ConfigError(

@@ -197,7 +197,10 @@ def _compare(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -
         shown = "; ".join(f"{name} was {saved.get(name)!r}, now {current.get(name)!r}" for name in names[:4])
         more = f"; and {len(names) - 4} more" if len(names) > 4 else ""
         # The default text is the source of what is installed.
-        hint = "; the text is not what it was: name the same --data, and install the same packages for 'python'"
+        hint = (
+            "; the text has changed, or its tokens: name the same --data, unchanged, and the same --tokenizer, and"
+            " install the same packages for 'python'"
+        )
         raise CheckpointError(f"{checkpoint} belongs to another run: {shown}{more}{hint if 'text' in names else ''}")
 
 

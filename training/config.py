@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 Kind = Literal["dense", "local", "hash", "qk", "auto"]
+Packing = Literal["stream", "documents"]
 alias = tyro.conf.arg
 
 NEWEST = "newest"
@@ -24,19 +25,37 @@ class DataConfig:
 
     source: Annotated[str, alias(aliases=["--data"])] = "python"
     """'python' (source code of the standard library and installed packages), 'enwik8', 'eltec', or a path: a file,
-    folder or glob, also .gz, .xz, .tar, .tar.gz, .tar.xz, and FILE.jsonl:FIELD."""
+    folder or glob, also .gz, .xz, .tar, .tar.gz, .tar.xz, and FILE.jsonl:FIELD. Or hf:NAME_OR_PATH, with the package
+    `datasets`: a Hugging Face data set's name, its folder from save_to_disk, or .json, .parquet, .csv or .txt files."""
     folder: Annotated[Path | None, alias(aliases=["--data-dir"])] = None
     """Folder that holds enwik8.xz and eltec_eng.tar.xz; else $SPARSE_FLASH_DATA, else ./data."""
     tokenizer: Annotated[str, alias(aliases=["--tokenizer"])] = "bytes"
-    """'bytes', or the JSON file of a Hugging Face `tokenizers` tokenizer."""
+    """'bytes', or the JSON file of a Hugging Face `tokenizers` tokenizer; `python -m training.bpe FILE` trains one."""
     encoding: str = "utf-8"
     """Encoding of the files."""
     max_megabytes: float = 16.0
-    """Most text to read for the source 'python' (it bounds the start-up time)."""
+    """Most text to read for the source 'python' (it bounds the start-up time), and of one that is streamed."""
     held_out: Literal["valid", "test"] = "valid"
     """Which held-out part to evaluate on, where the source has both."""
+    configuration: str | None = None
+    """hf: configuration of the data set, where it has several."""
+    split: str = "train"
+    """hf: split to train on, or several, joined by +."""
+    field: str = "text"
+    """hf: the field that is the text."""
+    streaming: bool = False
+    """hf: read while it comes, and no more than --data.max-megabytes, in place of loading all."""
     separate_documents: bool = False
     """Let no token attend to another document of its sequence."""
+    packing: Packing = "stream"
+    """How sequences are filled. stream: documents joined, and cut wherever a sequence ends. documents: whole documents,
+    as many as fit, none of which sees another; longer ones are cut into pieces. Positions count on through a sequence,
+    so that learned ones do not tell where a document began."""
+
+    @property
+    def documents_apart(self) -> bool:
+        """Whether tokens see their own document only."""
+        return self.separate_documents or self.packing == "documents"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +81,8 @@ class ModelConfig:
     buckets: Annotated[int, alias(aliases=["--buckets"])] = 16
     """hash: number of buckets (even)."""
     centred: Annotated[bool, alias(aliases=["--centred"])] = False
-    """hash: hash vectors minus their running mean, which evens buckets out. Not with --data.separate-documents."""
+    """hash: hash vectors minus their running mean, which evens buckets out. Not with --data.separate-documents or
+    --data.packing documents."""
     shared_qk: bool = True
     """Project q and v only; a key is its query, normalised per head. In all layers, so that kinds compare fairly."""
     shared_scale: float | None = None
@@ -234,9 +254,9 @@ def identity(config: TrainConfig) -> dict[str, Any]:
             flat |= {f"{name}.{key}": entry for key, entry in value.items()}
         else:
             flat[name] = value
-    # The text itself is compared by its fingerprint: a data folder may move.
-    for moved in ("data.folder", "data.source", "data.tokenizer", "data.max_megabytes"):
-        del flat[moved]
+    # The text itself is compared by its fingerprint, wherever it is read from: a data folder may move.
+    for moved in ("folder", "source", "tokenizer", "max_megabytes", "configuration", "split", "field", "streaming"):
+        del flat[f"data.{moved}"]
     # Nothing that was saved would differ: a run that had to stop may go on and skip.
     for finite in ("optimizer.non_finite", "optimizer.max_skipped"):
         del flat[finite]

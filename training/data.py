@@ -1,7 +1,8 @@
 """The corpus: documents split into training and held-out text, as two streams of tokens.
 
-The split never depends on a seed: directories named train, valid and test decide it where there are any; else a stable
-hash of each document's name; a single document keeps its tail for the held-out part.
+The split never depends on a seed: directories named train, valid and test decide it where there are any, and so do a
+Hugging Face data set's own splits; else a stable hash of each document's name; a single document keeps its tail for the
+held-out part.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import numpy as np
 
 from training.config import DataConfig
 from training.errors import DataError
+from training.hugging_face import PREFIX, read_hugging_face
 from training.python_source import python_documents, stable_hash
 from training.sources import Document, read_bytes, read_documents
 from training.tokens import Tokenizer
@@ -64,7 +66,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, length: int) -> Corpus
     Raises:
         DataError: the text is missing, unreadable, or shorter than one sequence.
     """
-    train_documents, held_out_documents = _documents(config)
+    train_documents, held_out_documents = read_split(config)
     train = _stream(train_documents, tokenizer)
     held_out = _stream(held_out_documents, tokenizer)
     if len(train.tokens) < length + 1:
@@ -126,7 +128,12 @@ def _character_start(text: bytes, index: int) -> int:
     return index
 
 
-def _documents(config: DataConfig) -> tuple[list[Document], list[Document]]:
+def read_split(config: DataConfig) -> tuple[list[Document], list[Document]]:
+    """Training and held-out documents of a source.
+
+    Raises:
+        DataError: the text is missing or unreadable.
+    """
     if config.source == "python":
         # A package's folder named train means nothing here.
         return _split_by_hash(python_documents(round(config.max_megabytes * 1e6)))
@@ -140,6 +147,9 @@ def _documents(config: DataConfig) -> tuple[list[Document], list[Document]]:
     if config.source == "eltec":
         path = _named_file(config, "eltec", ("eltec_eng.tar.xz", "eltec_eng.tar.gz", "eltec_eng"))
         return split_documents(read_documents(str(path), config.encoding), config.held_out)
+    if config.source.startswith(PREFIX):
+        train, held_out = read_hugging_face(config)
+        return (train, held_out) if held_out is not None else _split_by_hash(train)
     return split_documents(read_documents(config.source, config.encoding), config.held_out)
 
 

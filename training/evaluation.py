@@ -42,6 +42,7 @@ def unigram(train: Stream, vocab_size: int, batches: Sequence[EvaluationBatch]) 
     """The quality of predicting each token by its share of the training text, all counts raised by one."""
     counts = np.bincount(train.tokens, minlength=vocab_size) + 1
     nats = -np.log(counts / counts.sum())
+    # Tokens that begin a packed piece are negative, and their weight is 0, whatever they look up.
     total = math.fsum(float((nats[batch.tokens[:, 1:]] * batch.weights).sum()) for batch in batches)
     return _evaluation(total, batches)
 

@@ -18,8 +18,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from models.transformer import LayerStats, TransformerConfig
+from models.transformer import TransformerConfig
 from sparse_flash_jax.flax.pattern import QK
+from training.batches import Shard
 from training.config import TrainConfig
 from training.errors import ConfigError
 
@@ -79,12 +80,13 @@ class Layout(NamedTuple):
             return jax.pmap(step, "data", in_axes=(None, 1), out_axes=None, donate_argnums=0)
         return jax.jit(step, donate_argnums=0)
 
-    def over_devices(self, loss: Any, grads: Any, layers: LayerStats) -> tuple[Any, Any, LayerStats]:
-        """Inside a step: what the devices found, taken together."""
-        if not self.pmap:  # they are one program, which has the whole batch
-            return loss, grads, layers
-        loss, grads, visible = jax.lax.pmean((loss, grads, layers.visible), "data")
-        return loss, grads, LayerStats(visible, jax.lax.psum(layers.overflow, "data"))
+    def mean[T](self, tree: T) -> T:
+        """Inside a step: of what the devices found. By `jit` they are one program, which has found it for all."""
+        return jax.lax.pmean(tree, "data") if self.pmap else tree
+
+    def sum[T](self, tree: T) -> T:
+        """Inside a step: likewise."""
+        return jax.lax.psum(tree, "data") if self.pmap else tree
 
     def kept[State, Metrics](self, state: State, metrics: Metrics) -> tuple[State, Metrics]:
         """Inside a step: its results, the state divided as before and the metrics on every device."""
@@ -108,13 +110,15 @@ class Layout(NamedTuple):
             split = lambda x: x.reshape(x.shape[0], devices, -1, *x.shape[2:])
             return jax.tree.map(split, batch)
         sharding = self._sharding(None, self._sequence_axes)
-        _, count = self.shard
-        whole = lambda x: (x.shape[0], x.shape[1] * count, *x.shape[2:])
+        whole = lambda x: (x.shape[0], x.shape[1] * self.shard.count, *x.shape[2:])
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x, whole(x)), batch)
 
     def place_whole(self, batch: Any) -> Any:
         """Puts a batch that each process has all of, arrays [rows, ...], on the devices."""
-        return put(batch, None if self.mesh is None else self._sharding(self._sequence_axes))
+        if self.mesh is None:
+            return batch
+        sharding = self._sharding(self._sequence_axes)
+        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch)
 
     def whole(self, tree: Any) -> Any:
         """Arrays that lie on many devices, in one piece; all processes take part."""
@@ -122,10 +126,10 @@ class Layout(NamedTuple):
         return tree if self.mesh is None else jax.tree.map(fetch, tree)
 
     @property
-    def shard(self) -> tuple[int, int]:
-        """Which part of a batch's rows this process reads, of how many."""
+    def shard(self) -> Shard:
+        """Which part of a batch's rows this process reads."""
         if self.mesh is None:
-            return 0, 1
+            return Shard()
         parts = self.sequence_parts
         held = self._sharding(self._sequence_axes).addressable_devices_indices_map((parts,)).values()
         rows = sorted({(index[0].start or 0) for index in held})
@@ -133,7 +137,7 @@ class Layout(NamedTuple):
             raise ConfigError(
                 f"a process of mesh {self} would have rows {rows} of {parts}; change the order of its axes"
             )
-        return rows[0] // len(rows), parts // len(rows)
+        return Shard(rows[0] // len(rows), parts // len(rows))
 
     @property
     def sequence_parts(self) -> int:
@@ -209,17 +213,3 @@ def _check(config: TrainConfig, axes: dict[str, int]) -> None:
     ):
         if value % parts:
             raise ConfigError(f"--mesh {config.mesh}: {name} {value} cannot be divided by {parts}")
-
-
-def put(tree: Any, shardings: Any) -> Any:
-    """Puts arrays that each process has all of where the shardings say, each process its own part."""
-    if shardings is None:
-        return tree
-    if isinstance(shardings, NamedSharding):
-        shardings = jax.tree.map(lambda _: shardings, tree)
-
-    def one(x: Any, sharding: NamedSharding) -> jax.Array:
-        x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-    return jax.tree.map(one, tree, shardings)

@@ -29,7 +29,7 @@ def automatic_choice(config: TrainConfig) -> AutoChoice:
         config.batch.length,
         dtype=model.dtype,
         head_dim=model.width // model.heads,
-        documents=config.data.separate_documents,
+        documents=config.data.documents_apart,
         implementation=model.implementation,
     )
 

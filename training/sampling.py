@@ -47,7 +47,8 @@ def continue_held_out(
         count=settings.tokens,
         vocab_size=tokenizer.vocab_size,
         temperature=settings.temperature,
-        end_token=tokenizer.end if config.data.separate_documents else None,
+        end_token=tokenizer.end if config.data.documents_apart else None,
+        packed=config.data.packing == "documents",
         pattern_key=evaluation_key(config.seed),
         key=jax.random.key(config.seed),
     )
@@ -65,6 +66,7 @@ def sample(
     end_token: int | None,
     pattern_key: PRNGKeyArray,
     key: PRNGKeyArray,
+    packed: bool = False,
 ) -> np.ndarray:
     """Samples tokens that continue a prompt.
 
@@ -78,21 +80,22 @@ def sample(
         end_token: token after which a new document begins, where tokens see only their own; else None.
         pattern_key: of hashes and drops.
         key: of the choices.
+        packed: the model learned from packed documents, each of which begins with the end token before it.
 
     Returns:
         int32 [count].
     """
     buffer = jnp.zeros((1, len(prompt) + count), jnp.int32).at[0, : len(prompt)].set(jnp.asarray(prompt, jnp.int32))
-    filled = _fill(structure, params, buffer, len(prompt), vocab_size, temperature, end_token, pattern_key, key)
+    filled = _fill(structure, params, buffer, len(prompt), vocab_size, temperature, end_token, packed, pattern_key, key)
     return np.asarray(filled)[0, len(prompt) :]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5, 6), donate_argnums=2)
-def _fill(structure, params, buffer, start, vocab_size, temperature, end_token, pattern_key, key):
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5, 6, 7), donate_argnums=2)
+def _fill(structure, params, buffer, start, vocab_size, temperature, end_token, packed, pattern_key, key):
     model = nnx.merge(structure, params)
 
     def add_token(place, buffer):
-        documents = None if end_token is None else document_ids(buffer, end_token)
+        documents = None if end_token is None else document_ids(buffer, end_token, packed=packed)
         hidden, _ = model.hidden(buffer, key=pattern_key, segment_ids=documents)
         last = jax.lax.dynamic_index_in_dim(hidden, place - 1, axis=1, keepdims=False)
         logits = model.logits(last)[:, :vocab_size]

@@ -17,6 +17,7 @@ from models.transformer import LayerStats, Transformer, TransformerConfig
 from training.loss import total_cross_entropy
 from training.mesh import ONE_DEVICE, Layout
 from training.optimizer import averaged, updated_where
+from training.packing import counted, unpack
 
 # Streams of randomness that never meet: folded into the run's seed.
 _PARAMETERS, _TRAINING, _EVALUATION = range(3)
@@ -128,6 +129,7 @@ def make_train_step(
     layout: Layout = ONE_DEVICE,
     *,
     ema: float | None = None,
+    packed: bool = False,
 ) -> Callable[[TrainState, Tokens], tuple[TrainState, StepMetrics]]:
     """Makes the training step, which consumes its state.
 
@@ -138,6 +140,7 @@ def make_train_step(
         end_token: token after which a new document begins, where tokens see only their own; else None.
         layout: of the devices; the structure is that of its `training_model`.
         ema: decay of the average of the parameters, for states that keep one.
+        packed: batches are rows of `PackedRows`, which say themselves what belongs together and what counts.
 
     Returns:
         A function of state and tokens [accumulation, size, length + 1], as the layout places them, that gives the next
@@ -145,26 +148,29 @@ def make_train_step(
         changes neither parameters nor any mean of them or of gradients; the step and the schedule go on.
     """
 
-    def loss(params, tokens, key):
-        total, layers = _total_loss(structure, params, tokens, None, key, end_token)
-        return total / (tokens.shape[0] * (tokens.shape[1] - 1)), layers
+    def loss(params, tokens, key, count):
+        total, layers = _total_loss(structure, params, tokens, None, key, end_token, packed)
+        return total / count, layers
 
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def train_step(state: TrainState, batch: Tokens) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(_key(seed, _TRAINING), state.step)
         accumulation = batch.shape[0]
+        # Of a micro-batch, on average: the step's loss is the mean over all its targets.
+        targets = batch.shape[1] * (batch.shape[2] - 1)
+        count = layout.mean(jnp.sum(counted(batch))) / accumulation if packed else targets
 
         def add(total, micro_batch):
             number, tokens = micro_batch
-            (value, layers), grads = gradient(state.params, tokens, jax.random.fold_in(key, number))
+            (value, layers), grads = gradient(state.params, tokens, jax.random.fold_in(key, number), count)
             return jax.tree.map(jnp.add, total, (value, _float32(grads))), layers
 
         zeros = jnp.zeros((), jnp.float32), optax.tree.zeros_like(state.params, dtype=jnp.float32)
         numbers = jnp.arange(accumulation, dtype=jnp.int32)
         (value, grads), layers = jax.lax.scan(add, zeros, (numbers, batch))
         value, grads = jax.tree.map(lambda x: x / accumulation, (value, grads))
-        value, grads, layers = layout.over_devices(value, grads, layers)
+        value, grads = layout.mean((value, grads))
         updates, optimizer_state = optimizer.update(grads, state.optimizer, _float32(state.params))
         params = optax.apply_updates(state.params, updates)
         after = state._replace(step=state.step + 1, params=params, optimizer=optimizer_state)
@@ -174,7 +180,8 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         if state.skipped is not None:
             after = _after_finite(jnp.isfinite(value) & jnp.isfinite(norm), after, state, state.skipped)
-        layers = LayerStats(jnp.mean(layers.visible, axis=0), jnp.sum(layers.overflow, axis=0))
+        visible, overflow = jnp.mean(layers.visible, axis=0), jnp.sum(layers.overflow, axis=0)
+        layers = LayerStats(layout.mean(visible), layout.sum(overflow))
         return layout.kept(after, StepMetrics(value, norm, layers, after.skipped))
 
     return layout.compiled(train_step)
@@ -188,7 +195,7 @@ def _after_finite(finite: Bool[Array, ""], after: TrainState, before: TrainState
 
 
 def make_evaluation_step(
-    structure: nnx.GraphDef, seed: int, end_token: int | None
+    structure: nnx.GraphDef, seed: int, end_token: int | None, *, packed: bool = False
 ) -> Callable[[nnx.State, Tokens, Float32[Array | np.ndarray, "B T"]], Float32[Array, ""]]:
     """Makes a function of parameters, tokens [B length+1] and weights [B length] that sums the weighted losses.
 
@@ -196,22 +203,26 @@ def make_evaluation_step(
     """
     return jax.jit(
         lambda params, tokens, weights: _total_loss(
-            structure, params, tokens, weights, _key(seed, _EVALUATION), end_token
+            structure, params, tokens, weights, _key(seed, _EVALUATION), end_token, packed
         )[0]
     )
 
 
-def document_ids(tokens: Int32[Array, "B T"], end_token: int) -> Int32[Array, "B T"]:
-    """Numbers the documents of each row; an end token belongs to the document that it ends."""
+def document_ids(tokens: Int32[Array, "B T"], end_token: int, *, packed: bool = False) -> Int32[Array, "B T"]:
+    """Numbers the documents of each row; an end token belongs to the one that it ends, where packed to the next."""
     ended = jnp.cumsum((tokens == end_token).astype(jnp.int32), axis=1)
-    return jnp.pad(ended[:, :-1], ((0, 0), (1, 0)))
+    return ended if packed else jnp.pad(ended[:, :-1], ((0, 0), (1, 0)))
 
 
-def _total_loss(structure, params, tokens, weights, key: PRNGKeyArray, end_token: int | None):
+def _total_loss(structure, params, tokens, weights, key: PRNGKeyArray, end_token: int | None, packed: bool):
     model = nnx.merge(structure, params)
+    if packed:
+        tokens, segment_ids, counts = unpack(tokens)
+        weights = counts if weights is None else weights
+    else:
+        segment_ids = None if end_token is None else document_ids(tokens[:, :-1], end_token)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
-    segment_ids = None if end_token is None else document_ids(inputs, end_token)
     hidden, layers = model.hidden(inputs, key=key, segment_ids=segment_ids)
     return total_cross_entropy(model, hidden, targets, weights), layers
 

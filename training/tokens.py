@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from training.errors import DataError
 
-_END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 
 class Encoded(NamedTuple):
@@ -75,7 +75,7 @@ class FileTokenizer:
             raise DataError(f"{path}: not a readable tokenizers JSON file: {' '.join(str(error).split())}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        ids = [self._tokenizer.token_to_id(name) for name in _END_NAMES]
+        ids = [self._tokenizer.token_to_id(name) for name in END_NAMES]
         known = next((token for token in ids if token is not None), None)
         largest = max(self._tokenizer.get_vocab().values(), default=-1)
         self.end = largest + 1 if known is None else known
