@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -49,7 +49,9 @@ def trained(layout: Layout):
     """Losses and gradient norms of a few steps, the state after them, the loss of an evaluation, and the step's HLO."""
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), 10)
     _, state = init_state(MODEL, optimizer, 0, layout)
-    step = make_train_step(structure_of(layout.training_model(MODEL)), optimizer, 0, None, layout)
+    step = cast(
+        jax.stages.Wrapped, make_train_step(structure_of(layout.training_model(MODEL)), optimizer, 0, None, layout)
+    )
     batch = layout.place(TOKENS)
     compiled = step.lower(state, batch).compile()
     measured = []
@@ -59,7 +61,7 @@ def trained(layout: Layout):
     evaluation_step = make_evaluation_step(structure_of(layout.evaluation_model(MODEL)), 0, None)
     weights = np.ones((4, 24), np.float32)
     held_out = evaluation_step(state.params, *layout.place_whole((TOKENS[0], weights)))
-    return Trained(jax.tree.map(np.asarray, measured), state, float(held_out), compiled.as_text())
+    return Trained(jax.tree.map(np.asarray, measured), state, float(held_out), compiled.as_text() or "")
 
 
 class Trained(NamedTuple):

@@ -74,7 +74,7 @@ class Layout(NamedTuple):
             return config
         return dataclasses.replace(config, stream=self._sharding(self._sequence_axes))
 
-    def compiled[Step: Callable[..., Any]](self, step: Step) -> Step:
+    def compiled(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """A jitted training step, which consumes its state."""
         if self.pmap:
             return jax.pmap(step, "data", in_axes=(None, 1), out_axes=None, donate_argnums=0)
@@ -132,7 +132,7 @@ class Layout(NamedTuple):
             return Shard()
         parts = self.sequence_parts
         held = self._sharding(self._sequence_axes).addressable_devices_indices_map((parts,)).values()
-        rows = sorted({(index[0].start or 0) for index in held})
+        rows = sorted({index[0].start or 0 for index in held if index is not None})
         if rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows):
             raise ConfigError(
                 f"a process of mesh {self} would have rows {rows} of {parts}; change the order of its axes"
