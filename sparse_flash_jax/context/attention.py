@@ -229,9 +229,9 @@ def _mesh(q: Array, context: Context) -> Mesh | AbstractMesh:
 
 
 def _check_divisible(q: Array, k: Array, context: Context, mesh: Mesh | AbstractMesh) -> None:
+    for x in (q, k):
+        Layout(x.shape[1], mesh.shape[context.axis], context.zigzag)
     sizes = (
-        ("query length", q.shape[1], context.axis),
-        ("key length", k.shape[1], context.axis),
         ("batch size", q.shape[0], context.batch),
         ("number of query heads", q.shape[2], context.heads),
         ("number of key heads", k.shape[2], context.heads),

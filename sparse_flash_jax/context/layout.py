@@ -15,6 +15,7 @@ from jaxtyping import Array, Int32, Shaped
 from sparse_flash_jax.rule import Rule
 from sparse_flash_jax.validation import positive_int
 
+Rows = Shaped[Array | np.ndarray, "..."]
 Index = int | np.ndarray | Int32[Array, ""]
 
 
@@ -95,23 +96,23 @@ def sees(rule: Rule, queries: Part, keys: Part) -> np.ndarray:
 
     Where none may, nothing is to be computed. Whether one does, groups and dropping decide.
     """
-    shown = np.False_
+    shown = np.zeros(np.broadcast_shapes(np.shape(queries.index), np.shape(keys.index)), bool)
     for query in queries.layout.starts(queries.index):
         for key in keys.layout.starts(keys.index):
             in_window = rule.window is None or query - (key + keys.layout.chunk - 1) < rule.window
             begun = not rule.causal or query + queries.layout.chunk - 1 - int(rule.exclude_self) >= key
             shown = shown | (in_window & begun)
-    return shown
+    return np.asarray(shown)
 
 
-def to_zigzag(x: Shaped[Array, "..."], parts: int, axis: int = 1) -> Shaped[Array, "..."]:
+def to_zigzag(x: Rows, parts: int, axis: int = 1) -> Rows:
     """Returns an array of a whole sequence with its chunks as a zigzag has them, to be divided over devices in order.
 
     Of token ids that is cheap, and all that follows keeps their order. Rotary or learned positions are then those of
     `zigzag_positions`.
 
     Args:
-        x: an array whose `axis` is the sequence, in order.
+        x: an array of JAX or numpy whose `axis` is the sequence, in order.
         parts: devices that it will be divided over.
         axis: the axis of positions.
 
@@ -121,7 +122,7 @@ def to_zigzag(x: Shaped[Array, "..."], parts: int, axis: int = 1) -> Shaped[Arra
     return _take_chunks(x, parts, axis, _chunks(parts))
 
 
-def from_zigzag(x: Shaped[Array, "..."], parts: int, axis: int = 1) -> Shaped[Array, "..."]:
+def from_zigzag(x: Rows, parts: int, axis: int = 1) -> Rows:
     """Returns the sequence in order again: the inverse of `to_zigzag`."""
     return _take_chunks(x, parts, axis, np.argsort(_chunks(parts)))
 
@@ -137,8 +138,8 @@ def _chunks(parts: int) -> np.ndarray:
     return np.stack([first, 2 * parts - 1 - first], axis=1).reshape(-1)
 
 
-def _take_chunks(x: Array, parts: int, axis: int, order: np.ndarray) -> Array:
+def _take_chunks(x: Rows, parts: int, axis: int, order: np.ndarray) -> Rows:
     layout = Layout(x.shape[axis], parts, zigzag=True)
     cut = x.reshape(*x.shape[:axis], 2 * parts, layout.chunk, *x.shape[axis + 1 :])
     pieces = [cut[(slice(None),) * axis + (chunk,)] for chunk in order]
-    return jnp.concatenate(pieces, axis=axis)
+    return (np if isinstance(x, np.ndarray) else jnp).concatenate(pieces, axis=axis)

@@ -61,7 +61,6 @@ class Ring:
         """
         device, step = np.arange(self.parts)[None], np.arange(self.parts)[:, None]
         shown = sees(self.rule, Part(self.query_layout, device), Part(self.key_layout, (device - step) % self.parts))
-        shown = np.broadcast_to(shown, (self.parts, self.parts))
         return shown[: 1 + np.flatnonzero(shown.any(axis=1)).max(initial=0)]
 
     def pass_on(self, tree: Any, places: int = 1) -> Any:
