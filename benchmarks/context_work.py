@@ -33,25 +33,25 @@ def work(length: int, buckets: list[int], devices: tuple[int, ...]) -> list[dict
 def _counted(buckets: int, layout: Layout) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     query_bucket, key_bucket = (rng.integers(0, max(1, buckets), (1, layout.length, HEADS)) for _ in range(2))
-    rows = layout.positions().reshape(layout.parts, -1)
+    whole, rows = Layout(layout.length), layout.positions().reshape(layout.parts, -1)
 
-    @functools.partial(jax.jit, static_argnames="keys_layout")
-    def plan(query_ids, key_ids, query_part, key_part, keys_layout):
-        sides = (sort_rows((ids,) if buckets else (), None, ids.shape[1]) for ids in (query_ids, key_ids))
-        return plan_of_parts(*sides, Part(layout, query_part), Part(keys_layout, key_part), Tokens().rule)
+    @functools.partial(jax.jit, static_argnames="key_layout")
+    def plan(query_ids, key_ids, query_part, key_part, key_layout):
+        queries, keys = (sort_rows((ids,) if buckets else (), None, ids.shape[1]) for ids in (query_ids, key_ids))
+        return plan_of_parts(queries, keys, Part(layout, query_part), Part(key_layout, key_part), Tokens().rule)
 
     def stats(query_part: int, key_part: int | None) -> PlanStats:
         """Of one part's keys, or of all."""
-        keys, keys_layout = (
-            (key_bucket, Layout(layout.length)) if key_part is None else (key_bucket[:, rows[key_part]], layout)
-        )
-        operands = query_bucket[:, rows[query_part]], keys, query_part, key_part or 0
-        return plan(*(np.int32(x) for x in operands), keys_layout).stats(BLOCK, BLOCK)
+        own = query_bucket[:, rows[query_part]].astype(np.int32)
+        keys, key_layout = (key_bucket, whole) if key_part is None else (key_bucket[:, rows[key_part]], layout)
+        parts = np.int32(query_part), np.int32(key_part or 0)
+        planned = plan(own, keys.astype(np.int32), parts[0], parts[1], key_layout)
+        return planned.stats(BLOCK, BLOCK)
 
     devices = range(layout.parts)
-    whole = [stats(device, None) for device in devices]
+    of_all = [stats(device, None) for device in devices]
     steps = np.array([[stats(d, (d - step) % layout.parts).executed_tiles for d in devices] for step in devices])
-    pairs, tiles = (np.array([getattr(x, name) for x in whole]) for name in ("visible_pairs", "executed_tiles"))
+    pairs, tiles = (np.array([getattr(x, name) for x in of_all]) for name in ("visible_pairs", "executed_tiles"))
     return {
         "pattern": f"hash{buckets}" if buckets else "causal",
         "length": layout.length,

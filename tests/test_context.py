@@ -1,7 +1,7 @@
 """Sequences divided over devices: the numbers of one device, by either exchange, and only keys travel."""
 
 import re
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ needs_eight_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs e
 class Setting(NamedTuple):
     """A mesh of (batch, heads, sequence), and how keys come to queries."""
 
-    exchange: str
+    exchange: Literal["ring", "gather"]
     shape: tuple[int, int, int]
     zigzag: bool = False
     kind: AxisType = AxisType.Auto
@@ -73,7 +73,7 @@ def with_gradients(attend, q, k, v, do, dlse):
     return o, lse, *vjp((do, dlse))
 
 
-def ids(pattern):
+def ids(pattern) -> tuple[Any, ...]:
     """Documents, buckets of queries and of keys, and which are kept: each pattern is other data of one program."""
     rng = np.random.default_rng(1)
     queries, keys = (BATCH, LENGTH, HEADS), (BATCH, LENGTH, KEY_HEADS)
@@ -110,7 +110,7 @@ def tokens_of(document, query_bucket, key_bucket, query_keep, key_keep):
 @jax.jit
 def on_one_device(operands, ids):
     plan = sfj.make_plan(**tokens_of(*ids))
-    return with_gradients(lambda *x: sfj.sparse_attention(*x, plan, return_residual=True), *operands)
+    return with_gradients(lambda q, k, v: sfj.sparse_attention(q, k, v, plan, return_residual=True), *operands)
 
 
 def text_of_floats_gathered(compiled):
@@ -131,8 +131,8 @@ def text_of_floats_gathered(compiled):
 )
 def test_as_on_one_device(setting):
     def attended(operands, ids):
-        def attend(*x):
-            return sfj.context_attention(*x, sfj.Tokens(**tokens_of(*ids)), setting.context, return_residual=True)
+        def attend(q, k, v):
+            return sfj.context_attention(q, k, v, sfj.Tokens(**tokens_of(*ids)), setting.context, return_residual=True)
 
         return with_gradients(attend, *operands)
 
@@ -157,7 +157,9 @@ def test_as_on_one_device(setting):
 
 @jax.jit
 def dense(plan, *operands):
-    return with_gradients(lambda *x: sfj.reference_attention(*x, plan.mask(), return_residual=True), *operands)
+    return with_gradients(
+        lambda q, k, v: sfj.reference_attention(q, k, v, plan.mask(), return_residual=True), *operands
+    )
 
 
 @needs_eight_devices
@@ -168,7 +170,9 @@ def test_a_window_inside_of_shard_map():
 
     def part(*operands):
         context = sfj.Context("sequence")
-        return with_gradients(lambda *x: sfj.context_attention(*x, tokens, context, return_residual=True), *operands)
+        return with_gradients(
+            lambda q, k, v: sfj.context_attention(q, k, v, tokens, context, return_residual=True), *operands
+        )
 
     mesh = jax.make_mesh((2, 4), ("data", "sequence"), axis_types=(AxisType.Auto,) * 2)
     spec = PartitionSpec("data", "sequence")
@@ -184,24 +188,22 @@ def test_causal_in_a_zigzag():
 
     def attended(*operands):
         return with_gradients(
-            lambda *x: sfj.context_attention(*x, sfj.Tokens(), setting.context, return_residual=True), *operands
+            lambda q, k, v: sfj.context_attention(q, k, v, sfj.Tokens(), setting.context, return_residual=True),
+            *operands,
         )
 
     compiled = jax.jit(attended).lower(*setting.divided(operands)).compile()
     assert_same(setting.in_order(compiled(*setting.divided(operands))), dense(sfj.causal(LENGTH), *operands))
     # Each device sees some of each part, so that nothing is decided on the way.
-    assert "conditional(" not in compiled.as_text()
+    assert "conditional(" not in str(compiled.as_text())
     assert moved(compiled) == {"collective-permute", "all-reduce"}
 
 
 @pytest.mark.parametrize("zigzag", [False, True])
 def test_parts_see_what_the_whole_sees(zigzag):
     document, query_bucket, key_bucket, query_keep, key_keep = ids("all")
-    rule, layout, whole = (
-        Rule(window=20),
-        Layout(LENGTH, 4, zigzag),
-        sfj.make_plan(**tokens_of(*ids("all")) | {"exclude_self": False}, window=20),
-    )
+    rule, layout = Rule(exclude_self=True, window=20), Layout(LENGTH, 4, zigzag)
+    whole = sfj.make_plan(**tokens_of(*ids("all")), window=20)
 
     def part(x, index):
         rows = layout.positions()[index * layout.rows :][: layout.rows]
@@ -209,9 +211,8 @@ def test_parts_see_what_the_whole_sees(zigzag):
 
     @jax.jit
     def mask(query_side, key_side, query_part, key_part):
-        queries, keys = (sort_rows(*side, layout.rows) for side in (query_side, key_side))
-        parts = Part(layout, query_part), Part(layout, key_part)
-        return plan_of_parts(queries, keys, *parts, rule).mask()
+        queries, keys = (sort_rows(groups, keep, layout.rows) for groups, keep in (query_side, key_side))
+        return plan_of_parts(queries, keys, Part(layout, query_part), Part(layout, key_part), rule).mask()
 
     sides = ((document, query_bucket), query_keep), ((document, key_bucket), key_keep)
     masks = [
@@ -309,8 +310,9 @@ class TestErrors:
         return sfj.context_attention(q, k, v, tokens, context or sfj.Context("data", mesh=mesh_of(H100)))
 
     def test_options(self):
+        misspelt: Any = "rign"
         with pytest.raises(ValueError, match="'ring' or 'gather', got 'rign'"):
-            sfj.Context("data", "rign")
+            sfj.Context("data", misspelt)
         with pytest.raises(ValueError, match="exclude_self=True needs causal=True"):
             sfj.Tokens(causal=False, exclude_self=True)
         with pytest.raises(TypeError, match=r"tokens must be Tokens\(\.\.\.\).*got AttentionPlan"):

@@ -9,20 +9,20 @@ import math
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float
 
 from sparse_flash_jax.attention import sparse_attention
 from sparse_flash_jax.context.gather import gather_ids, gather_rows
 from sparse_flash_jax.context.layout import Layout, Part
 from sparse_flash_jax.context.planning import plan_of_parts, sort_rows
 from sparse_flash_jax.context.ring import Ring, ring_attention
+from sparse_flash_jax.context.tokens import Tokens, check_tokens
 from sparse_flash_jax.kernels.config import Config
 from sparse_flash_jax.kernels.implementations import check_implementation, pick_implementation
-from sparse_flash_jax.rule import Rule
-from sparse_flash_jax.validation import check_attention_inputs, check_scale, check_sides
+from sparse_flash_jax.validation import check_attention_inputs, check_scale
 
 MeshAxes = str | tuple[str, ...] | None
 
@@ -56,55 +56,6 @@ class Context:
     def __post_init__(self):
         if self.exchange not in ("ring", "gather"):
             raise ValueError(f"exchange must be 'ring' or 'gather', got {self.exchange!r}.")
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("query_group", "key_group", "query_keep", "key_keep"),
-    meta_fields=("causal", "exclude_self", "window"),
-)
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """What `make_plan` takes, for each device to plan its own part: ids and masks of tokens, and a rule.
-
-    With nothing given, causal attention.
-
-    Args:
-        query_group: int32 [B|1 T N|1], any values; or a tuple of several, of which all must be equal. None with
-            `key_group` None: all in one group.
-        key_group: int32 [B|1 S K|1], or a tuple of as many.
-        query_keep: bool [B|1 T N|1]; a dropped query outputs 0. None: all are kept.
-        key_keep: bool [B|1 S K|1]; a dropped key is seen by nobody. None: all are kept.
-        causal: whether a query sees no later key; static, as are those below.
-        exclude_self: whether a query also does not see the key of its own position.
-        window: positions that a query looks back, its own included; None for all.
-
-    Raises:
-        TypeError, ValueError: as `make_plan` on the rule.
-    """
-
-    query_group: Int32[Array, "#B T #N"] | tuple[Int32[Array, "#B T #N"], ...] | None = None
-    key_group: Int32[Array, "#B S #K"] | tuple[Int32[Array, "#B S #K"], ...] | None = None
-    query_keep: Bool[Array, "#B T #N"] | None = None
-    key_keep: Bool[Array, "#B S #K"] | None = None
-    causal: bool = True
-    exclude_self: bool = False
-    window: int | None = None
-
-    def __post_init__(self):
-        _ = self.rule
-
-    @property
-    def rule(self) -> Rule:
-        """Which positions of one group see each other."""
-        return Rule(self.causal, self.exclude_self, self.window)
-
-    @property
-    def groups(self) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        """Groups of queries and of keys."""
-        of_sides = self.query_group, self.key_group
-        queries, keys = (() if x is None else tuple(x) if isinstance(x, tuple | list) else (x,) for x in of_sides)
-        return queries, keys
 
 
 def context_attention(
@@ -155,7 +106,7 @@ def context_attention(
     check_attention_inputs(q, k, v)
     check_scale(scale)
     check_implementation(implementation, q.dtype, q.shape[-1], config)
-    _check_tokens(tokens, q, k)
+    check_tokens(tokens, q, k)
     attend = functools.partial(_attend_part, context=context, scale=scale, implementation=implementation, config=config)
     if context.axis in jax.sharding.get_abstract_mesh().manual_axes:
         o, lse = attend(q, k, v, tokens)
@@ -182,7 +133,8 @@ def _attend_part(q, k, v, tokens, *, context, scale, implementation, config):
             config,
         )
         return ring_attention(q, k, v, queries, keys, ring)
-    keys = sort_rows(*gather_ids((key_groups, tokens.key_keep), axis, key_layout), key_layout.length)
+    key_groups, key_keep = gather_ids((key_groups, tokens.key_keep), axis, key_layout)
+    keys = sort_rows(key_groups, key_keep, key_layout.length)
     plan = plan_of_parts(queries, keys, Part(query_layout, device), Part(Layout(key_layout.length), 0), tokens.rule)
     k, v = (gather_rows(x, axis, key_layout) for x in (k, v))
     options = {"scale": scale, "implementation": implementation, "config": config}
@@ -215,7 +167,7 @@ def _spec(x: Array, context: Context) -> PartitionSpec:
 
 def _mesh(q: Array, context: Context) -> Mesh | AbstractMesh:
     """The mesh that has the context's axis."""
-    sharding = getattr(q, "sharding", None) if not isinstance(q, jax.core.Tracer) else None
+    sharding = getattr(q, "sharding", None) if not isinstance(q, Tracer) else None
     own = sharding.mesh if isinstance(sharding, NamedSharding) else jax.typeof(q).sharding.mesh
     candidates = own, jax.sharding.get_abstract_mesh()
     for mesh in (context.mesh,) if context.mesh is not None else candidates:
@@ -241,21 +193,3 @@ def _check_divisible(q: Array, k: Array, context: Context, mesh: Mesh | Abstract
         parts = math.prod(mesh.shape[axis] for axis in axes)
         if size > 1 and size % parts:
             raise ValueError(f"the {name} must be a multiple of the {parts} devices along {over!r}, got {size}.")
-
-
-def _check_tokens(tokens: Tokens, q: Array, k: Array) -> None:
-    """Raises where ids and masks do not fit one another, or q and k."""
-    if not isinstance(tokens, Tokens):
-        raise TypeError(f"tokens must be Tokens(...), of ids, masks and a rule, got {type(tokens).__name__}.")
-    query_groups, key_groups = tokens.groups
-    sides = (("query", q, query_groups, tokens.query_keep), ("key", k, key_groups, tokens.key_keep))
-    bare = [jnp.ones((1, x.shape[1], 1), bool) if keep is None else keep for _, x, _, keep in sides]
-    check_sides(query_groups, bare[0], key_groups, bare[1])
-    for name, x, groups, keep in sides:
-        for ids in jax.tree.leaves((groups, keep)):
-            fits = ids.shape[1] == x.shape[1] and ids.shape[0] in (1, x.shape[0]) and ids.shape[2] in (1, x.shape[2])
-            if not fits:
-                raise ValueError(
-                    f"{name}_group and {name}_keep must have the shape {x.shape[:3]} of {name[0]}, or 1 for its batch "
-                    f"or heads, got {ids.shape}."
-                )

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from sparse_flash_jax.context.layout import Layout, from_zigzag
 
@@ -27,7 +27,7 @@ def gather_ids(tree: Any, axis: str, layout: Layout) -> Any:
     return jax.tree.map(lambda x: _in_order(lax.all_gather(x, axis, axis=1, tiled=True), layout), tree)
 
 
-def _in_order(x: Shaped[Array, "..."], layout: Layout) -> Shaped[Array, "..."]:
+def _in_order(x: Array, layout: Layout) -> Array:
     return from_zigzag(x, layout.parts) if layout.zigzag else x
 
 

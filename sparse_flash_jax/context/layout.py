@@ -6,16 +6,16 @@ as much as those of any other device. Either way a device's rows are in the orde
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32, Shaped
+from jaxtyping import Array, Int32
 
 from sparse_flash_jax.rule import Rule
 from sparse_flash_jax.validation import positive_int
 
-Rows = Shaped[Array | np.ndarray, "..."]
 Index = int | np.ndarray | Int32[Array, ""]
 
 
@@ -75,12 +75,12 @@ class Part(NamedTuple):
     """The rows of one device."""
 
     layout: Layout
-    index: Index
+    number: Index
     """Which of the layout's parts: an int, or a traced int32."""
 
     def position_of(self, row: Int32[Array, "*rows"]) -> Int32[Array, "*rows"]:
         """Returns the positions of rows of this part."""
-        first, *second = self.layout.starts(self.index)
+        first, *second = self.layout.starts(self.number)
         position = row + first
         for start in second:
             position = jnp.where(row < self.layout.chunk, position, row - self.layout.chunk + start)
@@ -88,24 +88,25 @@ class Part(NamedTuple):
 
     def rows_before(self, position: Int32[Array, "*positions"]) -> Int32[Array, "*positions"]:
         """Returns how many rows of this part lie before a position, which may be outside of the sequence."""
-        return sum(jnp.clip(position - start, 0, self.layout.chunk) for start in self.layout.starts(self.index))
+        first, *second = (jnp.clip(position - x, 0, self.layout.chunk) for x in self.layout.starts(self.number))
+        return sum(second, first)
 
 
 def sees(rule: Rule, queries: Part, keys: Part) -> np.ndarray:
-    """Returns whether any query of a part may see a key of another under the rule, or of many: indices may be arrays.
+    """Returns whether any query of a part may see a key of another under the rule, or of many: numbers may be arrays.
 
     Where none may, nothing is to be computed. Whether one does, groups and dropping decide.
     """
-    shown = np.zeros(np.broadcast_shapes(np.shape(queries.index), np.shape(keys.index)), bool)
-    for query in queries.layout.starts(queries.index):
-        for key in keys.layout.starts(keys.index):
+    shown = np.zeros(np.broadcast_shapes(np.shape(queries.number), np.shape(keys.number)), bool)
+    for query in queries.layout.starts(queries.number):
+        for key in keys.layout.starts(keys.number):
             in_window = rule.window is None or query - (key + keys.layout.chunk - 1) < rule.window
             begun = not rule.causal or query + queries.layout.chunk - 1 - int(rule.exclude_self) >= key
             shown = shown | (in_window & begun)
     return np.asarray(shown)
 
 
-def to_zigzag(x: Rows, parts: int, axis: int = 1) -> Rows:
+def to_zigzag[Rows: (jax.Array, np.ndarray)](x: Rows, parts: int, axis: int = 1) -> Rows:
     """Returns an array of a whole sequence with its chunks as a zigzag has them, to be divided over devices in order.
 
     Of token ids that is cheap, and all that follows keeps their order. Rotary or learned positions are then those of
@@ -122,7 +123,7 @@ def to_zigzag(x: Rows, parts: int, axis: int = 1) -> Rows:
     return _take_chunks(x, parts, axis, _chunks(parts))
 
 
-def from_zigzag(x: Rows, parts: int, axis: int = 1) -> Rows:
+def from_zigzag[Rows: (jax.Array, np.ndarray)](x: Rows, parts: int, axis: int = 1) -> Rows:
     """Returns the sequence in order again: the inverse of `to_zigzag`."""
     return _take_chunks(x, parts, axis, np.argsort(_chunks(parts)))
 
@@ -138,7 +139,7 @@ def _chunks(parts: int) -> np.ndarray:
     return np.stack([first, 2 * parts - 1 - first], axis=1).reshape(-1)
 
 
-def _take_chunks(x: Rows, parts: int, axis: int, order: np.ndarray) -> Rows:
+def _take_chunks(x: Any, parts: int, axis: int, order: np.ndarray) -> Any:
     layout = Layout(x.shape[axis], parts, zigzag=True)
     cut = x.reshape(*x.shape[:axis], 2 * parts, layout.chunk, *x.shape[axis + 1 :])
     pieces = [cut[(slice(None),) * axis + (chunk,)] for chunk in order]

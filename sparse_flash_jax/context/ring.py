@@ -214,11 +214,10 @@ def _gradients(ring: Ring, config: Config, *operands: Any) -> tuple[Array, Array
 
 def _orders(ring: Ring, queries: SortedTokens, keys: SortedTokens) -> tuple[Permutation | None, Permutation | None]:
     """The slots of both sides, written out where kernels move rows."""
-    orders = queries.permutation, keys.permutation
     if ring.row_kernels() is None:
-        return orders
-    lengths = ring.query_layout.rows, ring.key_layout.rows
-    return tuple(identity(n) if order is None else order for order, n in zip(orders, lengths, strict=True))
+        return queries.permutation, keys.permutation
+    of_queries, of_keys = queries.permutation, keys.permutation
+    return of_queries or identity(ring.query_layout.rows), of_keys or identity(ring.key_layout.rows)
 
 
 def _ids_to_send(keys: SortedTokens) -> Any:
