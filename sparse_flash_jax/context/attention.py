@@ -100,8 +100,8 @@ def context_attention(
         ValueError: if shapes do not fit one another or the mesh, or there is no mesh with these axes.
         NotImplementedError: if the named implementation cannot do this call.
 
-    Source: "Ring Attention with Blockwise Transformers for Near-Infinite Context", arXiv 2310.01889, and for the
-        zigzag "Striped Attention: Faster Ring Attention for Causal Transformers", arXiv 2311.09431.
+    Sources: "Ring Attention with Blockwise Transformers for Near-Infinite Context", arXiv 2310.01889; the zigzag, and
+        gathering, as in "The Llama 3 Herd of Models", arXiv 2407.21783, section 3.3.2.
     """
     check_attention_inputs(q, k, v)
     check_scale(scale)
