@@ -3,6 +3,12 @@
 from sparse_flash_jax.attention import hash_sparse_attention as hash_sparse_attention
 from sparse_flash_jax.attention import qk_sparse_attention as qk_sparse_attention
 from sparse_flash_jax.attention import sparse_attention as sparse_attention
+from sparse_flash_jax.context.attention import Context as Context
+from sparse_flash_jax.context.attention import context_attention as context_attention
+from sparse_flash_jax.context.layout import from_zigzag as from_zigzag
+from sparse_flash_jax.context.layout import to_zigzag as to_zigzag
+from sparse_flash_jax.context.layout import zigzag_positions as zigzag_positions
+from sparse_flash_jax.context.tokens import Tokens as Tokens
 from sparse_flash_jax.hashing import lsh_buckets as lsh_buckets
 from sparse_flash_jax.kernels.interval import RESIDUAL_NAMES as RESIDUAL_NAMES
 from sparse_flash_jax.kernels.interval import ROWS_NAME as ROWS_NAME

@@ -93,7 +93,8 @@ def _buckets(x, rotation, *, hash_rows, centred) -> Int32[Array, "B T N"]:
     make = by_xla = functools.partial(_hash, centred=centred)
     if hash_rows is not None:
         make = functools.partial(by_platform, functools.partial(hash_rows, centred=centred), by_xla)
-    return by_batch_and_head(make, (x, rotation), ("b-n-", "k--"), "b-n")
+    position = "-" if centred else "t"  # a running mean is of all positions before
+    return by_batch_and_head(make, (x, rotation), (f"b{position}n-", "k--"), f"b{position}n")
 
 
 def _hash(x: Float[Array, "B T N H"], rotation: Float32[Array, "K H R"], *, centred: bool) -> Int32[Array, "B T N"]:

@@ -3,7 +3,8 @@
 XLA does not see that kernels and sorts go head by head: it would gather their operands on every device. What is called
 through `by_batch_and_head` says so instead. Axes are named by letters, one for each:
 
-    b  batch    n  query heads    k  key heads, which divide them    -  any other, whole on every device
+    b  batch    n  query heads    k  key heads, which divide them    t  positions, where each is by itself
+    -  any other, whole on every device
 """
 
 import functools
@@ -30,6 +31,7 @@ class _Sizes(NamedTuple):
     batch: int
     query_heads: int
     key_heads: int
+    positions: int
 
     @property
     def head_groups(self) -> int:
@@ -38,14 +40,15 @@ class _Sizes(NamedTuple):
 
 
 class _Shares(NamedTuple):
-    """The mesh axes over which batch entries, and heads, are divided."""
+    """The mesh axes over which batch entries, heads and positions are divided."""
 
     batch: MeshAxes
     heads: MeshAxes
+    positions: MeshAxes
 
     def spec(self, axes: str, shape: Sequence[int]) -> PartitionSpec:
         """How an array is divided."""
-        of = {"b": self.batch, "n": self.heads, "k": self.heads, "-": ()}
+        of = {"b": self.batch, "n": self.heads, "k": self.heads, "t": self.positions, "-": ()}
         return PartitionSpec(*(of[axis] or None if size > 1 else None for axis, size in zip(axes, shape, strict=True)))
 
 
@@ -142,7 +145,7 @@ def _sizes(letters: Sequence[str], shapes: Sequence[Sequence[int]]) -> _Sizes:
         for axes, shape in zip(letters, shapes, strict=True)
         for axis, size in zip(axes, shape, strict=True)
     ]
-    return _Sizes(*(max((size for axis, size in named if axis == letter), default=1) for letter in "bnk"))
+    return _Sizes(*(max((size for axis, size in named if axis == letter), default=1) for letter in "bnkt"))
 
 
 def _divided(letters, shapes, specs) -> Iterator[tuple[str, MeshAxes]]:
@@ -155,14 +158,14 @@ def _divided(letters, shapes, specs) -> Iterator[tuple[str, MeshAxes]]:
 
 def _shares(mesh: Any, sizes: _Sizes, divided: Iterator[tuple[str, MeshAxes]]) -> _Shares:
     """What the first operands that are divided, into whole parts, are divided over."""
-    found: dict[str, MeshAxes] = {"b": (), "n": ()}
-    parts = {"b": sizes.batch, "n": sizes.head_groups}
+    found: dict[str, MeshAxes] = {"b": (), "n": (), "t": ()}
+    parts = {"b": sizes.batch, "n": sizes.head_groups, "t": sizes.positions}
     for axis, over in divided:
-        axis = "b" if axis == "b" else "n"
-        free = not found[axis] and not {*over} & {*found["b"], *found["n"]}
+        axis = "n" if axis == "k" else axis
+        free = not found[axis] and not {*over} & {name for names in found.values() for name in names}
         if free and parts[axis] % math.prod(mesh[name] for name in over) == 0:
             found[axis] = over
-    return _Shares(found["b"], found["n"])
+    return _Shares(found["b"], found["n"], found["t"])
 
 
 def _rule(sizes: _Sizes, letters, shapes, result_letters, result_shapes) -> str:
@@ -173,7 +176,7 @@ def _rule(sizes: _Sizes, letters, shapes, result_letters, result_shapes) -> str:
         if axis == "-" or size == 1:
             return next(others)
         # Query and key heads apart: with both in one, Shardy divides a mesh axis that is larger than the key heads.
-        return "b" if axis == "b" else "n" if size == sizes.query_heads else "k"
+        return axis if axis in "bt" else "n" if size == sizes.query_heads else "k"
 
     def side(letters: Sequence[str], shapes: Sequence[Sequence[int]]) -> str:
         return ", ".join(" ".join(map(factor, *pair)) for pair in zip(letters, shapes, strict=True))

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int32
 
 from sparse_flash_jax.manual_axes import vary_alike
+from sparse_flash_jax.permute import Permutation
 from sparse_flash_jax.plan import repeat_heads
 
 
@@ -29,6 +30,11 @@ class SortedTokens(NamedTuple):
     """Tokens kept: slots [num_kept, C) hold dropped ones."""
     overflow: Int32[Array, "B A"]
     """Tokens dropped because the capacity was too small."""
+
+    @property
+    def permutation(self) -> Permutation | None:
+        """Order and slots; None where slots are positions."""
+        return None if self.order is None or self.slot is None else Permutation(self.order, self.slot)
 
     def kept(self) -> Bool[Array, "B A C"]:
         """Returns which slots hold a kept token."""

@@ -133,6 +133,38 @@ def test_train_step_compares_attention_in_one_model(tmp_path):
     assert dense["memory_bytes"]["peak"] > sparse["memory_bytes"]["held"] > 0
 
 
+def test_context_compares_divided_sequences_with_one_device(tmp_path):
+    out = tmp_path / "context.json"
+    way = ("--exchanges", "ring", "--layouts", "zigzag", "--buckets", 0)
+    done = _run("context.py", "--quick", "--check", "--devices", 2, *way, "--out", out)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    _check_environment(result["environment"])
+    assert _finite(result)
+    assert result["devices"] == 2
+    (case,) = result["cases"]
+    assert (case["pattern"], case["exchange"], case["layout"]) == ("causal", "ring", "zigzag")
+    assert case["seconds"].keys() == {"forward_backward", "one_device"}
+    assert case["error"].keys() == {"o", "dq", "dk", "dv"}
+    assert max(case["error"].values()) < 1e-5
+    # Of q, k, v, do and o, dq, dk, dv, each device holds a half.
+    tensor = 4 * 256 * 4 * 64
+    assert 8 * tensor / 2 <= case["memory_bytes"]["held"] < 9 * tensor / 2
+
+
+def test_context_counts_what_each_device_does(tmp_path):
+    out = tmp_path / "context-work.json"
+    done = _run("context.py", "--quick", "--count", "--buckets", 0, "--out", out)
+    assert done.returncode == 0, done.stderr
+    work = json.loads(out.read_text())["work"]
+    assert [(row["devices"], row["layout"]) for row in work] == [
+        (devices, layout) for devices in (4, 8) for layout in ("in order", "zigzag")
+    ]
+    for row in work:
+        assert sum(row["pairs"]) == 256 * 257 / 2
+        assert (row["most_over_mean"]["pairs"] == 1) == (row["layout"] == "zigzag")
+
+
 def test_tune_says_what_it_needs():
     done = _run("tune.py", "--implementation", "triton")
     assert done.returncode != 0

@@ -63,6 +63,7 @@ def test_public_names_are_imported():
     documented = (
         "causal packed qk_sparse hash_sparse make_plan random_keep top_keep lsh_buckets sparse_attention "
         "hash_sparse_attention qk_sparse_attention reference_attention AttentionPlan PlanStats RESIDUAL_NAMES "
-        "PLAN_NAME ROWS_NAME expected_time_share TimeShare"
+        "PLAN_NAME ROWS_NAME expected_time_share TimeShare context_attention Context Tokens to_zigzag from_zigzag "
+        "zigzag_positions"
     )
     assert names >= set(documented.split())

@@ -168,3 +168,16 @@ def test_outside_of_jit(kind):
     parts = divided((q, k, v), kind, ("data", "tensor"))
     got, expected = (sfj.hash_sparse_attention(q, k, v, BUCKETS, KEY) for q, k, v in (parts, (q, k, v)))
     assert_same((got,), (expected,))
+
+
+@KINDS
+def test_positions_are_hashed_where_they_are(kind):
+    """But for a running mean, which is of all before: that gathers them."""
+    x = arrays(4, 4)[0]
+    mesh = jax.make_mesh((2, 4), ("data", "sequence"), axis_types=(kind,) * 2)
+    part = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", "sequence")))
+    for centred, moves in ((False, set()), (True, {"all-gather"})):
+        hashed = jax.jit(functools.partial(sfj.lsh_buckets, num_buckets=BUCKETS, key=KEY, centred=centred))
+        compiled = hashed.lower(part).compile()
+        assert moved(compiled) == moves
+        np.testing.assert_array_equal(compiled(part), hashed(x))
