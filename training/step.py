@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float32, Int32, PRNGKeyArray
 
+from models.documents import document_ids
 from models.transformer import LayerStats, Transformer, TransformerConfig
 from training.loss import total_cross_entropy
 
@@ -124,12 +125,6 @@ def make_evaluation_step(
             structure, params, tokens, weights, _key(seed, _EVALUATION), end_token
         )[0]
     )
-
-
-def document_ids(tokens: Int32[Array, "B T"], end_token: int) -> Int32[Array, "B T"]:
-    """Numbers the documents of each row; an end token belongs to the document that it ends."""
-    ended = jnp.cumsum((tokens == end_token).astype(jnp.int32), axis=1)
-    return jnp.pad(ended[:, :-1], ((0, 0), (1, 0)))
 
 
 def _total_loss(structure, params, tokens, weights, key: PRNGKeyArray, end_token: int | None):
