@@ -201,7 +201,11 @@ def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
         quality = evaluate(run.evaluation_step, state.params, held_out)
         baseline = unigram(run.corpus.train, run.tokenizer.vocab_size, held_out)
         run.metrics.write("final", done, **quality._asdict(), unigram=baseline._asdict())
-        text = continue_held_out(run.config, run.structure, state.params, run.corpus.held_out, run.tokenizer)
+        text = None
+        try:
+            text = continue_held_out(run.config, run.structure, state.params, run.corpus.held_out, run.tokenizer)
+        except NotImplementedError as error:
+            say(f"no sample: {error}")
         if text is not None:
             run.folder.sample.write_text(text.prompt + text.continuation, "utf-8")
             say(f"\n--- held-out text ---\n{text.prompt}\n--- its sampled continuation ---\n{text.continuation}\n---")

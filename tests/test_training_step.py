@@ -105,7 +105,7 @@ def test_learns_a_repeated_text_and_continues_it():
         losses.append(float(metrics.loss))
     assert losses[0] > 2.5
     assert losses[-1] < 0.5
-    settings: dict[str, Any] = {"count": 8, "vocab_size": 20, "temperature": 0.0, "end_token": None}
+    settings: dict[str, Any] = {"count": 8, "temperature": 0.0, "end_token": None}
     keys: dict[str, Any] = {"pattern_key": jax.random.key(0), "key": jax.random.key(1)}
     continued = sample(structure, state.params, text[:16], **settings, **keys)
     np.testing.assert_array_equal(continued, text[16:24])
@@ -147,7 +147,7 @@ def test_sampling_keeps_documents_apart():
     prompt = TOKENS[0, :12].clip(1)
     prompt[6] = 0
     changed = np.concatenate([np.full(6, 5, np.int32), prompt[6:]])
-    settings: dict[str, Any] = {"count": 12, "vocab_size": 20, "temperature": 1.0, "end_token": 0}
+    settings: dict[str, Any] = {"count": 12, "temperature": 1.0, "end_token": 0}
     keys: dict[str, Any] = {"pattern_key": jax.random.key(0), "key": jax.random.key(1)}
     first, second = (sample(structure, state.params, each, **settings, **keys) for each in (prompt, changed))
     np.testing.assert_array_equal(first, second)
