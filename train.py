@@ -270,7 +270,11 @@ def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
         baseline = unigram(run.corpus.train, run.tokenizer.vocab_size, held_out)
         at_lengths = [{"length": length} | result._asdict() for length, result in lengths.items()]
         run.metrics.write("final", done, **quality._asdict(), unigram=baseline._asdict(), lengths=at_lengths)
-        text = continue_held_out(run.config, run.structure, params, run.corpus.held_out, run.tokenizer)
+        text = None
+        try:
+            text = continue_held_out(run.config, run.structure, params, run.corpus.held_out, run.tokenizer)
+        except NotImplementedError as error:
+            say(f"no sample: {error}")
         if text is not None:
             with writing(run.folder.sample):
                 run.folder.sample.write_text(text.prompt + text.continuation, "utf-8")

@@ -150,11 +150,16 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T D"], key: PRNGKeyArray, segment_ids: Int32[Array, "B T"] | None
     ) -> tuple[Float[Array, "B T D"], tuple[Float32[Array, ""], Int32[Array, ""]]]:
         """Returns the stream after this block, and the share of visible pairs and overflow of its plan."""
-        normed = _normed(self.attention_norm, x)
-        update, plan = self.attention(normed, key=key, segment_ids=segment_ids, return_plan=True)
-        x = x + update
-        x = x + self.mlp(_normed(self.mlp_norm, x))
+        x, plan = self.around(x, lambda x: self.attention(x, key=key, segment_ids=segment_ids, return_plan=True))
         return x, (plan.density(), jnp.sum(plan.query_overflow) + jnp.sum(plan.key_overflow))
+
+    def around[Seen](
+        self, x: Float[Array, "B T D"], attention: Callable[[jax.Array], tuple[jax.Array, Seen]]
+    ) -> tuple[Float[Array, "B T D"], Seen]:
+        """The block with its attention called in one way or another, and what that returns beside its outputs."""
+        update, seen = attention(_normed(self.attention_norm, x))
+        x = x + update
+        return x + self.mlp(_normed(self.mlp_norm, x)), seen
 
 
 class Transformer(nnx.Module):
@@ -193,15 +198,7 @@ class Transformer(nnx.Module):
         Raises:
             ValueError: if the sequence is longer than the learned positions.
         """
-        length = tokens.shape[1]
-        x = self.embedding[...][tokens]
-        if self.positions is not None:
-            if length > self.config.max_length:
-                raise ValueError(
-                    f"at most max_length={self.config.max_length} tokens with learned positions, got {length}."
-                )
-            x = x + self.positions[...][None, :length]
-        x = self._placed(x.astype(self.config.dtype))
+        x = self._placed(self.embed(tokens))
         stats = []
         run = _remat(self.config.remat)
         for number, block in enumerate(self.blocks):
@@ -209,7 +206,29 @@ class Transformer(nnx.Module):
             x = self._placed(x)
             stats.append(seen)
         visible, overflow = (jnp.stack(values) for values in zip(*stats, strict=True))
-        return _normed(self.norm, x), LayerStats(visible, overflow)
+        return self.last(x), LayerStats(visible, overflow)
+
+    def check_length(self, length: int) -> None:
+        """Raises ValueError where a sequence is longer than the learned positions."""
+        if self.positions is not None and length > self.config.max_length:
+            raise ValueError(
+                f"at most max_length={self.config.max_length} tokens with learned positions, got {length}."
+            )
+
+    def embed(self, tokens: Int32[Array, "B T"], positions: Int32[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
+        """What enters the first block, for tokens at positions 0..T-1 or at these."""
+        x = self.embedding[...][tokens]
+        if self.positions is not None:
+            if positions is None:
+                self.check_length(tokens.shape[1])
+                x = x + self.positions[...][None, : tokens.shape[1]]
+            else:
+                x = x + self.positions[...][positions]
+        return x.astype(self.config.dtype)
+
+    def last(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What leaves the last block, as `logits` takes it."""
+        return _normed(self.norm, x)
 
     def _placed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         # Else XLA may divide the stream by its width, as parameters are, and gather it for every product.

@@ -49,8 +49,19 @@ def lsh_buckets(
     Source: "Practical and Optimal LSH for Angular Distance", arXiv 1509.02897.
     """
     rotation = draw_rotation(x, num_buckets, key, num_rotations)
+    return buckets_of(x, rotation, centred=centred, implementation=implementation)
+
+
+def buckets_of(
+    x: Float[Array, "B T N H"],
+    rotation: Float32[Array, "K H R"],
+    *,
+    centred: bool = False,
+    implementation: str | None = None,
+) -> Int32[Array, "B T N"]:
+    """`lsh_buckets` by rotations that are drawn already, two buckets for each of their columns."""
     check_implementation_name(implementation)
-    hash_rows = None if implementation == "xla" else hashing_kernel(num_buckets)
+    hash_rows = None if implementation == "xla" else hashing_kernel(2 * rotation.shape[-1])
     return _buckets(lax.stop_gradient(x), rotation, hash_rows=hash_rows, centred=centred)
 
 

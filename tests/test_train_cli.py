@@ -30,6 +30,7 @@ from training.model import transformer_config
 from training.presets import PRESETS
 from training.run_folder import choose_folder
 from training.step import TrainState
+from training.trained import load_trained
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = [
@@ -207,6 +208,17 @@ def test_evaluates_at_other_lengths(text, finished, tmp_path, capsys):
         # The same text each time, and a model that has barely learned: bytes of about 8 bits.
         assert each["bits_per_byte"] == pytest.approx(final["bits_per_byte"], rel=0.05)
         assert f"held-out at {each['length']} tokens: loss {each['loss']:.3f} nats a token" in shown
+
+
+def test_the_trained_model_is_made_again(finished):
+    checkpoint = finished / "checkpoints" / "4"
+    trained, newest = load_trained(checkpoint), load_trained(finished)
+    assert (trained.checkpoint, newest.checkpoint.name) == (checkpoint, "6")
+    saved = checkpoint_arrays(checkpoint)
+    params = jax.tree_util.tree_leaves_with_path(nnx.state(trained.model))
+    assert len(params) == sum(name.startswith(".params") for name in saved)
+    for path, leaf in params:
+        np.testing.assert_array_equal(leaf, saved[f".params{jax.tree_util.keystr(path)}"])
 
 
 def test_auto_is_chosen_once_and_said(text, tmp_path, capsys, monkeypatch):

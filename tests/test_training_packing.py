@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import train
+from models.documents import document_ids
 from models.transformer import TransformerConfig
 from sparse_flash_jax.flax.pattern import Dense, Hash
 from tests.test_train_cli import TINY, losses
@@ -19,7 +20,7 @@ from training.data import Stream
 from training.metrics import read_metrics
 from training.optimizer import make_optimizer
 from training.packing import PackedRows, best_fit, unpack
-from training.step import document_ids, init_state, make_evaluation_step, make_train_step
+from training.step import init_state, make_evaluation_step, make_train_step
 
 
 @pytest.fixture(autouse=True)

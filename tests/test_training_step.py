@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
+from models.documents import document_ids
 from models.transformer import Transformer, TransformerConfig
 from sparse_flash_jax.flax.pattern import Dense, Hash
 from tests.jaxprs import equations
@@ -22,7 +23,7 @@ from training.evaluation import evaluate, unigram
 from training.loss import total_cross_entropy
 from training.optimizer import learning_rate, make_optimizer, updated_where
 from training.sampling import sample
-from training.step import document_ids, evaluation_params, init_state, make_evaluation_step, make_train_step
+from training.step import evaluation_params, init_state, make_evaluation_step, make_train_step
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +127,7 @@ def test_learns_a_repeated_text_and_continues_it():
         losses.append(float(metrics.loss))
     assert losses[0] > 2.5
     assert losses[-1] < 0.5
-    settings: dict[str, Any] = {"count": 8, "vocab_size": 20, "temperature": 0.0, "end_token": None}
+    settings: dict[str, Any] = {"count": 8, "temperature": 0.0, "end_token": None}
     keys: dict[str, Any] = {"pattern_key": jax.random.key(0), "key": jax.random.key(1)}
     continued = sample(structure, state.params, text[:16], **settings, **keys)
     np.testing.assert_array_equal(continued, text[16:24])
@@ -257,7 +258,7 @@ def test_sampling_keeps_documents_apart():
     prompt = TOKENS[0, :12].clip(1)
     prompt[6] = 0
     changed = np.concatenate([np.full(6, 5, np.int32), prompt[6:]])
-    settings: dict[str, Any] = {"count": 12, "vocab_size": 20, "temperature": 1.0, "end_token": 0}
+    settings: dict[str, Any] = {"count": 12, "temperature": 1.0, "end_token": 0}
     keys: dict[str, Any] = {"pattern_key": jax.random.key(0), "key": jax.random.key(1)}
     first, second = (sample(structure, state.params, each, **settings, **keys) for each in (prompt, changed))
     np.testing.assert_array_equal(first, second)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import nnx
 
 from training.config import with_defaults
 from training.errors import CheckpointError
@@ -123,8 +124,6 @@ def restore(checkpoint: Path, like: TrainState, identity: dict[str, Any]) -> Tra
         CheckpointError: it cannot be read, or belongs to other settings or data.
     """
     record = _read_record(checkpoint)
-    if record.get("format") != _FORMAT:
-        raise CheckpointError(f"{checkpoint}: format {record.get('format')!r}, this program reads {_FORMAT}")
     _compare(checkpoint, with_defaults(record["identity"]), identity)
     checksums = record.get("checksums", {})  # older checkpoints have none
     counts = Skipped(np.zeros((), np.int32), np.zeros((), np.int32))
@@ -180,6 +179,53 @@ def _placed(array: np.ndarray, like: Any) -> jax.Array:
     return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])
 
 
+def saved_identity(checkpoint: Path) -> dict[str, Any]:
+    """The settings and data that a checkpoint belongs to; settings that are newer than it have their defaults.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return with_defaults(_read_record(checkpoint)["identity"])
+
+
+def restore_params(checkpoint: Path, like: nnx.State, *, averaged: bool = False) -> nnx.State:
+    """The parameters saved in a checkpoint, alone: the state of the optimizer is not read.
+
+    Args:
+        checkpoint: the folder of one step.
+        like: their structure, shapes and types.
+        averaged: whether to read their average instead, in float32.
+
+    Raises:
+        CheckpointError: they cannot be read, or are others.
+    """
+    average = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), like)
+    leaves = _named_leaves(TrainState(np.zeros((), np.int32), like, (), ema=average))
+    leaves = {name: leaf for name, leaf in leaves.items() if name.startswith(".ema" if averaged else ".params")}
+    checksums = _read_record(checkpoint).get("checksums", {})
+    templates = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+    path = (checkpoint / "state").resolve()
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            saved = reader.metadata(path).item_metadata
+            # What is not there would be restored as whatever memory holds.
+            for name, leaf in leaves.items():
+                if name not in saved or tuple(saved[name].shape) != leaf.shape:
+                    raise ValueError(f"no parameters {name} of shape {leaf.shape}")
+            arguments = ocp.args.PyTreeRestore(
+                templates, ocp.checkpoint_utils.construct_restore_args(templates), partial_restore=True
+            )
+            arrays = reader.restore(path, args=arguments)
+            for name in leaves:
+                if name in checksums and checksums[name] != _checksum(np.asarray(arrays[name])):
+                    raise ValueError(f"{name} is not what was saved")
+        restored = [jax.device_put(np.asarray(arrays[name])) for name in leaves]
+    except Exception as error:  # the storage library has no common base of its errors
+        raise CheckpointError(f"{checkpoint}: damaged checkpoint: {_short(error)}") from error
+    return jax.tree.unflatten(jax.tree.structure(like), restored)
+
+
 def _read_record(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "record" / "metadata"
     try:
@@ -188,6 +234,8 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
         raise _damaged(checkpoint, f"no record of a checkpoint of this program: {_short(error)}") from error
     if not isinstance(record, dict) or not isinstance(record.get("identity"), dict):
         raise CheckpointError(f"{checkpoint}: not a checkpoint of this program")
+    if record.get("format") != _FORMAT:
+        raise CheckpointError(f"{checkpoint}: format {record.get('format')!r}, this program reads {_FORMAT}")
     return record
 
 

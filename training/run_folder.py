@@ -96,6 +96,25 @@ def resumed_root(config: TrainConfig) -> Path:
     return path.parent if path.name == "checkpoints" else path
 
 
+def saved_run(path: Path) -> RunFolder:
+    """The run in a folder with its newest checkpoint, or the run of one checkpoint with that one.
+
+    Raises:
+        CheckpointError: there is no run, or it has no such checkpoint.
+    """
+    if _is_checkpoint(path):
+        run = RunFolder(path.parent.parent, path)
+    else:
+        root = path.parent if path.name == "checkpoints" else path
+        steps = steps_in(root)
+        run = RunFolder(root, root / "checkpoints" / str(steps[-1]) if steps else None)
+    if not run.config.is_file():
+        raise CheckpointError(f"no run in {run.root}: it has no {run.config.name}")
+    if run.resume_from is None or not run.resume_from.is_dir():
+        raise CheckpointError(f"no checkpoint {run.resume_from or f'in {run.root}'}")
+    return run
+
+
 def _is_checkpoint(path: Path) -> bool:
     return path.name.isdigit() and path.parent.name == "checkpoints"
 

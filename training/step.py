@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray
 
+from models.documents import document_ids
 from models.transformer import LayerStats, Transformer, TransformerConfig
 from training.loss import total_cross_entropy
 from training.mesh import ONE_DEVICE, Layout
@@ -206,12 +207,6 @@ def make_evaluation_step(
             structure, params, tokens, weights, _key(seed, _EVALUATION), end_token, packed
         )[0]
     )
-
-
-def document_ids(tokens: Int32[Array, "B T"], end_token: int, *, packed: bool = False) -> Int32[Array, "B T"]:
-    """Numbers the documents of each row; an end token belongs to the one that it ends, where packed to the next."""
-    ended = jnp.cumsum((tokens == end_token).astype(jnp.int32), axis=1)
-    return ended if packed else jnp.pad(ended[:, :-1], ((0, 0), (1, 0)))
 
 
 def _total_loss(structure, params, tokens, weights, key: PRNGKeyArray, end_token: int | None, packed: bool):

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from sparse_flash_jax.attention import sparse_attention
 from sparse_flash_jax.flax.auto import Pattern, is_scored, resolve
-from sparse_flash_jax.flax.pattern import Dense, KeepScores
+from sparse_flash_jax.flax.pattern import QK, Dense, Hash, KeepScores
 from sparse_flash_jax.plan import AttentionPlan
 
 # The square root of this is far below the length of any useful query, and a zero query still has a finite gradient.
@@ -74,18 +74,43 @@ def attend(
     plan = pattern.plan(
         q, q if k is None else k, key=key, segment_ids=segment_ids, scores=scores, implementation=implementation
     )
-    k = normalise(q) if k is None else k
-    if rope_base is not None:
-        positions = jnp.arange(q.shape[1], dtype=jnp.int32)[None] if positions is None else positions
-        q, k = rotate(q, positions, rope_base), rotate(k, positions, rope_base)
+    q, k = place(q, k, positions, rope_base)
     gates = scores if is_scored(pattern) else None
     if gates is not None:
         v = _gate(v, gates.key)
-    if isinstance(pattern, Dense) and pattern.backend is not None:
-        o = _jax_attention(pattern, q, k, v, segment_ids, scale)
-    else:
-        o = sparse_attention(q, k, v, plan, scale=scale, implementation=implementation)
+    o = attend_planned(pattern, q, k, v, plan, segment_ids=segment_ids, scale=scale, implementation=implementation)
     return (o if gates is None else _gate(o, gates.query)), plan
+
+
+def place(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"] | None,
+    positions: Int32[Array, "#B T"] | None,
+    rope_base: float | None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"]]:
+    """Queries and keys as their products are taken: shared ones normalised, both rotated; arguments as of `attend`."""
+    k = normalise(q) if k is None else k
+    if rope_base is None:
+        return q, k
+    positions = jnp.arange(q.shape[1], dtype=jnp.int32)[None] if positions is None else positions
+    return rotate(q, positions, rope_base), rotate(k, positions, rope_base)
+
+
+def attend_planned(
+    pattern: Dense | Hash | QK,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    plan: AttentionPlan,
+    *,
+    segment_ids: Int32[Array, "B T"] | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention under a plan that the pattern made, by the backend that a dense one names."""
+    if isinstance(pattern, Dense) and pattern.backend is not None:
+        return _jax_attention(pattern, q, k, v, segment_ids, scale)
+    return sparse_attention(q, k, v, plan, scale=scale, implementation=implementation)
 
 
 def normalise(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:

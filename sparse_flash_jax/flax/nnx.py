@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from sparse_flash_jax.flax.adapter import attention_fn
 from sparse_flash_jax.flax.auto import Auto, Pattern, is_scored
+from sparse_flash_jax.flax.cache import LayerCache, concrete, empty_cache
+from sparse_flash_jax.flax.decode import prefill, step
 from sparse_flash_jax.flax.heads import attend, check_heads
 from sparse_flash_jax.flax.pattern import QK, Dense, Hash, KeepScores
 from sparse_flash_jax.plan import AttentionPlan
@@ -65,6 +67,8 @@ class SparseSelfAttention(nnx.Module):
         num_key_heads = num_heads if num_key_heads is None else num_key_heads
         check_heads(num_heads, num_key_heads, head_dim, shared_qk, rope_base is not None)
         self.pattern = pattern
+        self.num_heads, self.num_key_heads, self.head_dim = num_heads, num_key_heads, head_dim
+        self.dtype, self.param_dtype = dtype, param_dtype
         self.rope_base = rope_base
         self.scale = scale
         self.implementation = implementation
@@ -139,9 +143,7 @@ class SparseSelfAttention(nnx.Module):
             scores = KeepScores(self.query_score(x), self.key_score(x))
         o, plan = attend(
             self.pattern,
-            self.query(x),
-            None if self.key is None else self.key(x),
-            self.value(x),
+            *self._heads(x),
             key=key,
             positions=positions,
             rope_base=self.rope_base,
@@ -152,3 +154,104 @@ class SparseSelfAttention(nnx.Module):
         )
         out = self.out(o)
         return (out, plan) if return_plan else out
+
+    def init_cache(
+        self,
+        batch: int,
+        length: int,
+        *,
+        key: PRNGKeyArray | None = None,
+        documents: bool = False,
+        dtype: Any = None,
+    ) -> LayerCache:
+        """An empty cache with which `prefill`, then `step`, give what one call over the whole sequence gives.
+
+        Args:
+            batch: rows, B.
+            length: most tokens of a row. Random drops are those of a call with this many.
+            key: PRNG key of hashing or random dropping, as of that call.
+            documents: whether tokens see only their own document.
+            dtype: of the heads; default that of the layer, else that of its parameters.
+
+        Raises:
+            NotImplementedError: if the pattern keeps tokens by learned scores, which looks ahead.
+            ValueError: if the pattern is `Auto`, a key is missing, or centred buckets are to be in documents.
+        """
+        dtype = dtype or self.dtype or self.param_dtype
+        return empty_cache(
+            self.pattern,
+            batch=batch,
+            length=length,
+            num_heads=self.num_heads,
+            num_key_heads=self.num_key_heads,
+            head_dim=self.head_dim,
+            dtype=jnp.dtype(dtype),
+            shared_qk=self.key is None,
+            documents=documents,
+            key=key,
+        )
+
+    def prefill(
+        self,
+        x: Float[Array, "B T D"],
+        cache: LayerCache,
+        *,
+        lengths: Int32[Array, " B"],
+        segment_ids: Int32[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """The first tokens, of which each row has its own number, `lengths` [B]; the rest is not remembered.
+
+        Args:
+            x: inputs [B T D].
+            cache: an empty one.
+            lengths: int32 [B], from 1 to T.
+            segment_ids: int32 [B T]; tokens see only their own document.
+
+        Returns:
+            Outputs [B T D], and the filled cache.
+        """
+        o, cache = prefill(
+            concrete(self.pattern),
+            *self._heads(x),
+            cache,
+            lengths=lengths,
+            rope_base=self.rope_base,
+            segment_ids=segment_ids,
+            scale=self.scale,
+            implementation=self.implementation,
+        )
+        return self.out(o), cache
+
+    def step(
+        self,
+        x: Float[Array, "B 1 D"],
+        cache: LayerCache,
+        *,
+        positions: Int32[Array, " B"],
+        segment_ids: Int32[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B 1 D"], LayerCache]:
+        """The next token of each row.
+
+        Args:
+            x: its input [B 1 D].
+            cache: of the tokens before it.
+            positions: int32 [B], how many those are.
+            segment_ids: int32 [B], its document.
+
+        Returns:
+            Its output [B 1 D], and the cache with it.
+        """
+        o, cache = step(
+            concrete(self.pattern),
+            *self._heads(x),
+            cache,
+            positions=positions,
+            rope_base=self.rope_base,
+            segment_ids=segment_ids,
+            scale=self.scale,
+        )
+        return self.out(o), cache
+
+    def _heads(self, x):
+        """Queries, keys unless they are shared, and values."""
+        return self.query(x), None if self.key is None else self.key(x), self.value(x)

@@ -5,12 +5,13 @@ Flax APIs and the models share these; which one is the faster is left to auto.py
 """
 
 import dataclasses
+import functools
 import math
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 from sparse_flash_jax.hashing import hash_sides
 from sparse_flash_jax.patterns import causal, packed, random_keep, top_keep
@@ -105,11 +106,26 @@ class Hash:
         """
         if key is None:
             raise ValueError(f"{self} draws random rotations: pass key=jax.random.key(...), a fresh one each step.")
-        if self.centred and segment_ids is not None:
-            raise ValueError(f"{self} centres whole rows, across documents; leave out segment_ids, or centred.")
+        self.check_documents(segment_ids is not None)
         query_bucket, key_bucket = hash_sides(
             q, k, self.num_buckets, key, centred=self.centred, implementation=implementation
         )
+        return self.plan_buckets(query_bucket, key_bucket, segment_ids=segment_ids, implementation=implementation)
+
+    def check_documents(self, separate: bool) -> None:
+        """Raises ValueError where documents are to be separate, and buckets centred."""
+        if self.centred and separate:
+            raise ValueError(f"{self} centres whole rows, across documents; leave out segment_ids, or centred.")
+
+    def plan_buckets(
+        self,
+        query_bucket: Int32[Array, "B T N"],
+        key_bucket: Int32[Array, "B S K"],
+        *,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        implementation: str | None = None,
+    ) -> AttentionPlan:
+        """Returns the plan for buckets that are known."""
         document = () if segment_ids is None else (segment_ids[..., None],)
         return make_plan(
             query_group=(*document, query_bucket),
@@ -167,7 +183,7 @@ class QK:
         Raises:
             ValueError: if the key, or the scores, are missing.
         """
-        query_count, key_count = (math.ceil((1 - self.rate) * x.shape[1]) for x in (q, k))
+        query_count, key_count = (self.kept(x.shape[1]) for x in (q, k))
         if self.scored:
             if scores is None:
                 raise ValueError(f"{self} keeps tokens by score: pass scores=KeepScores(query, key).")
@@ -175,11 +191,38 @@ class QK:
         else:
             if key is None:
                 raise ValueError(f"{self} drops tokens at random: pass key=jax.random.key(...), a fresh one each step.")
-            query_key, key_key = jax.random.split(key)
-            query_keep, key_keep = (
-                random_keep(side_key, (x.shape[0], x.shape[1], x.shape[2]), self.rate, axis_name=self.axis_name)
-                for side_key, x in ((query_key, q), (key_key, k))
-            )
+            query_shape, key_shape = ((x.shape[0], x.shape[1], x.shape[2]) for x in (q, k))
+            query_keep, key_keep = self.draw(key, query_shape, key_shape)
+        return self.plan_kept(
+            query_keep,
+            key_keep,
+            capacities=(query_count, key_count),
+            segment_ids=segment_ids,
+            implementation=implementation,
+        )
+
+    def kept(self, length: int) -> int:
+        """Tokens that each head keeps of so many."""
+        return math.ceil((1 - self.rate) * length)
+
+    def draw(
+        self, key: PRNGKeyArray, query_shape: tuple[int, int, int], key_shape: tuple[int, int, int]
+    ) -> tuple[Bool[Array, "B T N"], Bool[Array, "B S K"]]:
+        """Returns which queries and which keys are kept at random."""
+        query_key, key_key = jax.random.split(key)
+        drop = functools.partial(random_keep, rate=self.rate, axis_name=self.axis_name)
+        return drop(query_key, query_shape), drop(key_key, key_shape)
+
+    def plan_kept(
+        self,
+        query_keep: Bool[Array, "B T N"],
+        key_keep: Bool[Array, "B S K"],
+        *,
+        capacities: tuple[int, int],
+        segment_ids: Int32[Array, "B T"] | None = None,
+        implementation: str | None = None,
+    ) -> AttentionPlan:
+        """Returns the plan for tokens of which it is known whether they are kept, at most `capacities` in a head."""
         group = None if segment_ids is None else segment_ids[..., None].astype(jnp.int32)
         return make_plan(
             query_group=group,
@@ -187,7 +230,7 @@ class QK:
             query_keep=query_keep,
             key_keep=key_keep,
             window=self.window,
-            query_capacity=query_count,
-            key_capacity=key_count,
+            query_capacity=capacities[0],
+            key_capacity=capacities[1],
             implementation=implementation,
         )
