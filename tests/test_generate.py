@@ -170,6 +170,21 @@ def test_greedy_tokens_are_those_of_full_forward_passes():
     np.testing.assert_array_equal(np.stack(until_both_end, axis=1), expected[[0, 0], : length + 1])
 
 
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("packed", [False, True])
+def test_documents_that_begin_while_tokens_are_drawn(packed):
+    """The token that is drawn most is made the end of documents, so that some end among those that are drawn."""
+    model = make((Dense(),))
+    plain = generate(model, TOKENS[:1, :8], COUNT, **KEYS, sampler=Sampler(0.0))
+    end = int(np.bincount(np.asarray(plain)[0]).argmax())
+    options = {**KEYS, "sampler": Sampler(0.0), "document_end": end, "packed": packed}
+    drawn = np.asarray(generate(model, TOKENS[:1, :8], COUNT, **options))
+    row = np.concatenate([TOKENS[:1, :8], drawn], axis=1)
+    assert np.sum(row == end) > 1
+    scores = model(jnp.asarray(row), key=KEY, segment_ids=document_ids(jnp.asarray(row), end, packed=packed))
+    np.testing.assert_array_equal(drawn[0], np.argmax(np.asarray(scores)[0, 7:-1, :50], axis=-1))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
