@@ -51,9 +51,9 @@ def arguments(text, out, *more):
     return [*TINY, "--data", text, "--out", str(out), *more]
 
 
-def run(*options, program=("train.py",)):
+def run(*options, program=("train.py",), **variables):
     # One device: a virtual CPU of eight would only slow this down.
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | variables
     command = [sys.executable, *program, *options]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True)
 
@@ -378,11 +378,14 @@ def test_killed_and_resumed_is_the_unbroken_run(text, tmp_path):
     """Killed at a random step, and once more while a random checkpoint is half written."""
     seed = time.time_ns()
     chosen = random.Random(seed)
-    first_step, checkpoint, touch = chosen.randrange(21, 60), chosen.choice((80, 100)), chosen.randrange(1, 13)
+    # Checkpoint 20 is whole before 40 is begun; what the first kill leaves unfinished is not yet `checkpoint`.
+    first_step, checkpoint, touch = chosen.randrange(41, 80), chosen.choice((80, 100)), chosen.randrange(1, 13)
     print(f"seed {seed}: killed at step {first_step}, then at touch {touch} of checkpoint {checkpoint}")
 
     options = ("-n", "120", "--checkpoint.every", "20")
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    # What is compiled is the same each time.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
     whole = run(*arguments(text, unbroken, *options))
     unfinished = broken / "checkpoints" / f"{checkpoint}.orbax-checkpoint-tmp"
     resume = arguments(text, broken, *options, "--resume")
@@ -390,13 +393,13 @@ def test_killed_and_resumed_is_the_unbroken_run(text, tmp_path):
         ((first_step, "nowhere", 0), arguments(text, broken, *options)),
         ((0, unfinished, touch), resume),
     ):
-        killed = run(*map(str, place), *given, program=("-c", KILLED))
+        killed = run(*map(str, place), *given, program=("-c", KILLED), **cache)
         _, errors = killed.communicate(timeout=300)
         assert killed.returncode == -signal.SIGKILL, errors
     assert steps_in(broken)[-1] == checkpoint - 20
     assert unfinished.exists() or touch == 1  # the first touch makes it
 
-    resumed = run(*resume)
+    resumed = run(*resume, **cache)
     for process in (whole, resumed):
         shown, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
