@@ -203,10 +203,15 @@ def test_too_many_skipped_in_a_row_end_the_run(tmp_path):
     metrics = MetricsLog(tmp_path / "metrics.jsonl", 0)
     report = Report(TrainConfig(optimizer=optimizer), lambda step: 1.0, metrics, progress, Throughput())
     layers = LayerStats(jnp.ones((1,)), jnp.zeros((1,), jnp.int32))
-    for step, (loss, norm) in enumerate([(np.nan, 1.0), (1.0, np.inf)], start=1):
-        report.step(step, StepMetrics(jnp.asarray(loss), jnp.asarray(norm), layers, Skipped(step + 5, step)))
+
+    def measured(loss, norm, in_a_row):
+        counts = Skipped(*(jnp.asarray(count, jnp.int32) for count in (in_a_row + 5, in_a_row)))
+        return StepMetrics(jnp.asarray(loss), jnp.asarray(norm), layers, counts)
+
+    report.step(1, measured(np.nan, 1.0, in_a_row=1))
+    report.step(2, measured(1.0, np.inf, in_a_row=2))
     with pytest.raises(NonFiniteLossError, match=r"step 3: .*: 3 steps in a row were skipped, --optimizer.max-skipped"):
-        report.step(3, StepMetrics(jnp.asarray(np.nan), jnp.asarray(1.0), layers, Skipped(8, 3)))
+        report.step(3, measured(np.nan, 1.0, in_a_row=3))
     metrics.close()
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["reason"] == "non-finite loss"
 

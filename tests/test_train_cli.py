@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import random
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from training.errors import CheckpointError, ConfigError
 from training.metrics import MetricsLog, read_metrics
 from training.model import transformer_config
 from training.presets import PRESETS
-from training.run_folder import choose_folder
+from training.run_folder import choose_folder, steps_in
 from training.step import TrainState
 from training.trained import load_trained
 
@@ -51,16 +52,16 @@ def arguments(text, out, *more):
     return [*TINY, "--data", text, "--out", str(out), *more]
 
 
-def run(*options, **keywords):
+def run(*options, program=("train.py",), **variables):
     # One device: a virtual CPU of eight would only slow this down.
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "train.py", *options]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True, **keywords)
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | variables
+    command = [sys.executable, *program, *options]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True)
 
 
-def wait_for(path, process, seconds=120.0):
+def wait_for(condition, process, seconds=300.0):
     deadline = time.monotonic() + seconds
-    while not path.exists():
+    while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -359,22 +360,67 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(text, tmp_path
     assert all(np.isfinite(array).all() for array in arrays.values())
 
 
+# train.py in a process that kills itself before it logs a step, or at the so-maniest touch of a folder.
+KILLED = """
+import os, signal, sys
+import train
+from training.metrics import MetricsLog
+
+step, folder, touches = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+write = MetricsLog.write
+
+def write_or_die(log, kind, done, **values):
+    if done == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(log, kind, done, **values)
+
+def count_touches(event, arguments):
+    global touches
+    path = arguments[0] if arguments else None
+    if isinstance(path, (str, os.PathLike)) and folder in os.fspath(path):
+        touches -= 1
+        if touches == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+MetricsLog.write = write_or_die
+sys.addaudithook(count_touches)
+sys.exit(train.main(sys.argv[4:]))
+"""
+
+
 def test_killed_and_resumed_is_the_unbroken_run(text, tmp_path):
-    options = ("-n", "200", "--checkpoint.every", "25")
+    """Killed at a random step, and once more while a random checkpoint is half written."""
+    seed = time.time_ns()
+    chosen = random.Random(seed)
+    # Checkpoint 20 is whole before 40 is begun; what the first kill leaves unfinished is not yet `checkpoint`.
+    first_step, checkpoint, touch = chosen.randrange(41, 80), chosen.choice((80, 100)), chosen.randrange(1, 13)
+    print(f"seed {seed}: killed at step {first_step}, then at touch {touch} of checkpoint {checkpoint}")
+
+    options = ("-n", "120", "--checkpoint.every", "20")
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    processes = [run(*arguments(text, out, *options)) for out in (unbroken, broken)]
-    wait_for(broken / "checkpoints" / "50", processes[1])
-    processes[1].send_signal(signal.SIGKILL)
-    processes[1].communicate()
-    assert processes[1].returncode == -signal.SIGKILL
-    assert 50 <= losses(broken)[-1][0] < 200
-    resumed = run(*arguments(text, broken, *options, "--resume"))
-    for process in (processes[0], resumed):
+    # What is compiled is the same each time.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    whole = run(*arguments(text, unbroken, *options))
+    unfinished = broken / "checkpoints" / f"{checkpoint}.orbax-checkpoint-tmp"
+    resume = arguments(text, broken, *options, "--resume")
+    for place, given in (
+        ((first_step, "nowhere", 0), arguments(text, broken, *options)),
+        ((0, unfinished, touch), resume),
+    ):
+        killed = run(*map(str, place), *given, program=("-c", KILLED), **cache)
+        _, errors = killed.communicate(timeout=300)
+        assert killed.returncode == -signal.SIGKILL, errors
+    assert steps_in(broken)[-1] == checkpoint - 20
+    assert unfinished.exists() or touch == 1  # the first touch makes it
+
+    resumed = run(*resume, **cache)
+    for process in (whole, resumed):
         shown, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-    assert "resumed" in shown
+    assert f"resumed {broken / 'checkpoints' / str(checkpoint - 20)}, step {checkpoint - 20}\n" in shown
     assert losses(broken) == losses(unbroken)
-    first, second = (checkpoint_arrays(out / "checkpoints" / "200") for out in (unbroken, broken))
+    assert sorted(path.name for path in (broken / "checkpoints").iterdir()) == ["100", "120"]
+    first, second = (checkpoint_arrays(out / "checkpoints" / "120") for out in (unbroken, broken))
     assert first.keys() == second.keys()
     for name, array in first.items():
         assert array.tobytes() == second[name].tobytes(), name
@@ -384,11 +430,7 @@ def test_sigterm_saves_and_leaves_in_order(text, tmp_path):
     out = tmp_path / "run"
     options = ("-n", "1000000", "--checkpoint.every", "0")
     process = run(*arguments(text, out, *options))
-    deadline = time.monotonic() + 120
-    while len(losses(out)) < 5:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: len(losses(out)) >= 5, process)
     process.send_signal(signal.SIGTERM)
     shown, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors

@@ -40,9 +40,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int, identity: dict[str, Any]):
-        # The library's own reports say nothing that the run's do not, but in pages of tracebacks.
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+        _silence_storage()
         self._folder = folder
         self._identity = identity
         self._last: int | None = None
@@ -126,7 +124,7 @@ def restore(checkpoint: Path, like: TrainState, identity: dict[str, Any]) -> Tra
     record = _read_record(checkpoint)
     _compare(checkpoint, with_defaults(record["identity"]), identity)
     checksums = record.get("checksums", {})  # older checkpoints have none
-    counts = Skipped(np.zeros((), np.int32), np.zeros((), np.int32))
+    counts = Skipped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
     held = like._replace(skipped=counts if any(name.startswith(".skipped") for name in checksums) else None)
     arrays = _read_arrays(checkpoint, held, checksums)
     state = jax.tree.unflatten(jax.tree.structure(held), map(_placed, arrays, jax.tree.leaves(held)))
@@ -138,6 +136,7 @@ def restore(checkpoint: Path, like: TrainState, identity: dict[str, Any]) -> Tra
 
 def _read_arrays(checkpoint: Path, held: TrainState, checksums: dict[str, int]) -> list[np.ndarray]:
     """The arrays of a checkpoint that holds a state like this one, each as it was when it was saved."""
+    _silence_storage()
     templates = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in _named_leaves(held).items()}
     try:
         with _quiet_loops(), ocp.StandardCheckpointer() as reader:
@@ -149,6 +148,12 @@ def _read_arrays(checkpoint: Path, held: TrainState, checksums: dict[str, int]) 
         if changed or arrays[name].shape != template.shape:
             raise _damaged(checkpoint, f"{name} is not what was saved")
     return [arrays[name] for name in templates]
+
+
+def _silence_storage() -> None:
+    """The library's own reports say nothing that the run's do not, but in pages of tracebacks."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager

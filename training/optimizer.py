@@ -1,6 +1,7 @@
 """AdamW: warm-up, cosine decay, clipping, decay of matrices only; averages of parameters; updates that are skipped."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
 
 
-def averaged[T](average: T, params: T, decay: float, count: Int32[Array, ""]) -> T:
+def averaged(average: Any, params: Any, decay: float, count: Int32[Array, ""]) -> Any:
     """The exponential moving average after one more update.
 
     Its weights add up to one from the start: after n updates the last parameters have (1 - decay) / (1 - decay^n), as

@@ -4,7 +4,7 @@ Randomness is a function of (seed, step, micro-batch, layer), so nothing but the
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -222,7 +222,7 @@ def _total_loss(structure, params, tokens, weights, key: PRNGKeyArray, end_token
     return total_cross_entropy(model, hidden, targets, weights), layers
 
 
-def _float32(tree):
+def _float32(tree: Any) -> Any:
     """What is added up over steps or micro-batches is float32, whatever the parameters are."""
     return optax.tree.cast(tree, jnp.float32)
 
