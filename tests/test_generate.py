@@ -228,11 +228,13 @@ def test_sampler_cuts_off_what_is_unlikely():
     np.testing.assert_allclose(shares(top_p=0.75), [0, 8 / 19, 5 / 19, 6 / 19], atol=0.024)
     np.testing.assert_allclose(shares(top_k=3, top_p=0.6), [0, 4 / 7, 0, 3 / 7], atol=0.024)
     np.testing.assert_allclose(shares(temperature=0.5), p**2 / np.sum(p**2), atol=0.024)
-    for greedy in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}):
-        np.testing.assert_array_equal(shares(**greedy), [0, 1, 0, 0])
-    for wrong in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            Sampler(**wrong)
+    greedy: list[dict[str, Any]] = [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}]
+    for options in greedy:
+        np.testing.assert_array_equal(shares(**options), [0, 1, 0, 0])
+    wrong: list[dict[str, Any]] = [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}]
+    for options in wrong:
+        with pytest.raises(ValueError, match=next(iter(options))):
+            Sampler(**options)
 
 
 def test_text_comes_in_whole_characters():
