@@ -205,7 +205,7 @@ def restore_params(checkpoint: Path, like: nnx.State, *, averaged: bool = False)
         CheckpointError: they cannot be read, or are others.
     """
     average = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), like)
-    leaves = _named_leaves(TrainState(np.zeros((), np.int32), like, (), ema=average))
+    leaves = _named_leaves(TrainState(jnp.zeros((), jnp.int32), like, (), ema=average))
     leaves = {name: leaf for name, leaf in leaves.items() if name.startswith(".ema" if averaged else ".params")}
     checksums = _read_record(checkpoint).get("checksums", {})
     templates = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
