@@ -9,9 +9,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CASE = "B1-T8192-N4-H64-hash16-f32"
 
 
-def _run(script, *args):
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    env.pop("XLA_FLAGS", None)
+def _run(script, *args, devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
     command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, args)]
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
@@ -163,6 +163,22 @@ def test_context_counts_what_each_device_does(tmp_path):
     for row in work:
         assert sum(row["pairs"]) == 256 * 257 / 2
         assert (row["most_over_mean"]["pairs"] == 1) == (row["layout"] == "zigzag")
+
+
+def test_scaling_compares_meshes_with_one_device(tmp_path):
+    out = tmp_path / "scaling.json"
+    done = _run("scaling.py", "--quick", "--attention", "hash", "--meshes", "data=2", "--out", out, devices=2)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    _check_environment(result["environment"])
+    assert _finite(result)
+    one, two = result["steps"]
+    assert [(step["mesh"], step["devices"], step["batch"]) for step in (one, two)] == [
+        ("data=1", 1, 2),
+        ("data=2", 2, 4),
+    ]
+    assert one["efficiency"] == 1
+    assert two["efficiency"] == two["tokens_per_second"] / one["tokens_per_second"] / 2
 
 
 def test_tune_says_what_it_needs():
