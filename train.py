@@ -3,6 +3,7 @@
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from training.metrics import MetricsLog, recent_mean
 from training.model import automatic_choice, resolved_identity, transformer_config
 from training.optimizer import learning_rate, make_optimizer
 from training.plot import plot_loss
-from training.processes import JointStop, another_is_gone, check_same_text, is_first, join, leave
+from training.processes import JointStop, advice, another_is_gone, check_same, is_first, join, leave, shared_settings
 from training.progress import TrainProgress
 from training.report import Report
 from training.run_folder import RunFolder, choose_folder_together
@@ -71,7 +72,13 @@ class Run(NamedTuple):
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command line; returns the exit status. One of several processes that fails leaves at once."""
-    status = run_command(arguments)
+    try:
+        status = run_command(arguments)
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        status = 1
     if status and jax.distributed.is_initialized():
         leave(status)
     return status
@@ -85,8 +92,11 @@ def run_command(arguments: Sequence[str]) -> int:
         check(config)
         with StopRequest(config.max_minutes) as stop:
             train(config, JointStop(stop), Console(quiet=not is_first()))
-    except (ConfigError, DataError, CheckpointError, OutputError) as error:
+    except (ConfigError, DataError) as error:
         print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except (CheckpointError, OutputError) as error:
+        print(f"train.py: {error}{advice()}", file=sys.stderr)
         return 2
     except NonFiniteLossError as error:
         print(f"train.py: {error}", file=sys.stderr)
@@ -94,27 +104,27 @@ def run_command(arguments: Sequence[str]) -> int:
     except jax.errors.JaxRuntimeError as error:
         if not jax.distributed.is_initialized():
             raise
-        print(f"train.py: {another_is_gone(error)}", file=sys.stderr)
+        print(f"train.py: {another_is_gone(error)}{advice()}", file=sys.stderr)
         return 1
     return 0
 
 
 def train(config: TrainConfig, stop: JointStop, console: Console) -> None:
     """Trains, from the settings to the sample."""
+    check_same("settings", shared_settings(config))
     layout = make_layout(config)
     folder = choose_folder_together(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     corpus = load_corpus(config.data, tokenizer, config.batch.length)
 
-    check_same_text(corpus.fingerprint)
-
+    check_same("text", corpus.fingerprint)
     model_config = transformer_config(config, tokenizer.vocab_size)
     optimizer = make_optimizer(config.optimizer, config.steps)
     ema, skip = config.optimizer.ema, config.optimizer.non_finite == "skip"
     structure, state = init_state(
         model_config, optimizer, config.seed, layout, average=ema is not None, skip_non_finite=skip
     )
-    belongs_to = resolved_identity(config) | {"text": corpus.fingerprint}
+    belongs_to = resolved_identity(config) | {"text": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
     if folder.resume_from is not None:
         state = restore(folder.resume_from, state, belongs_to)
 

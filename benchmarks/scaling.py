@@ -10,6 +10,7 @@ over those of one device in the same run, times their number: 1 at best.
 
 import argparse
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -46,8 +47,8 @@ def main() -> None:
             record = {"mesh": mesh, "parallel": parallel, "length": length, "attention": str(variant)}
             try:
                 record |= _measured(variant, mesh, parallel, length, tokens, samples, quick=args.quick)
-                alone = alone or record["tokens_per_second"]
-                record["efficiency"] = record["tokens_per_second"] / alone / record["devices"]
+                alone = record["tokens_per_second"] if not result["steps"] else alone
+                record["efficiency"] = alone and record["tokens_per_second"] / alone / record["devices"]
             except jax.errors.JaxRuntimeError as error:  # out of memory
                 record["failed"] = str(error).splitlines()[0][:200]
             result["steps"].append(record)
@@ -111,7 +112,7 @@ def _row(record: dict[str, Any]) -> str:
         return f"{start}  {record['failed']}"
     return (
         f"{start}{1e3 * record['seconds']['median']:>9.2f}{record['tokens_per_second']:>11.0f}"
-        f"{record['efficiency']:>12.3f}{record['memory_bytes']['peak'] / 2**30:>7.2f}"
+        f"{record['efficiency'] or math.nan:>12.3f}{record['memory_bytes']['peak'] / 2**30:>7.2f}"
     )
 
 

@@ -10,11 +10,12 @@ import pytest
 
 from models.transformer import TransformerConfig
 from sparse_flash_jax.flax.pattern import QK, Dense, Hash
-from training.config import BatchConfig, ModelConfig, OptimizerConfig, TrainConfig
+from training.checkpoint import Checkpoints, restore
+from training.config import BatchConfig, ModelConfig, OptimizerConfig, TrainConfig, identity
 from training.errors import ConfigError
 from training.mesh import ONE_DEVICE, Layout, make_layout
 from training.optimizer import make_optimizer
-from training.step import init_state, make_evaluation_step, make_train_step, structure_of
+from training.step import evaluation_params, init_state, make_evaluation_step, make_train_step, structure_of
 
 MOVED = re.compile(r"= (\w+)\[([\d,]*)\]\S* (all-gather|all-to-all|reduce-scatter|collective-permute)\(")
 
@@ -29,7 +30,10 @@ MODEL = TransformerConfig(
     max_length=24,
     attention=(Dense(), Hash(4, exclude_self=True), QK(0.3)),
 )
-TOKENS = np.random.default_rng(0).integers(0, 60, (2, 4, 25)).astype(np.int32)  # two micro-batches
+# Two micro-batches, of packed rows: in each, documents begin at other places, so that devices have unlike counts.
+TOKENS = np.random.default_rng(0).integers(0, 60, (2, 4, 25)).astype(np.int32)
+TOKENS[:, np.arange(4), [0, 5, 9, 20]] = ~TOKENS[:, np.arange(4), [0, 5, 9, 20]]
+TOKENS[:, 3, 12:] = ~TOKENS[:, 3, 12:]
 SETTINGS = TrainConfig(batch=BatchConfig(size=4), model=ModelConfig(width=32, heads=4))
 STEPS = 2
 
@@ -48,19 +52,18 @@ def layout_of(mesh, parallel="jit"):
 def trained(layout: Layout):
     """Losses and gradient norms of a few steps, the state after them, the loss of an evaluation, and the step's HLO."""
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), 10)
-    _, state = init_state(MODEL, optimizer, 0, layout)
-    step = cast(
-        jax.stages.Wrapped, make_train_step(structure_of(layout.training_model(MODEL)), optimizer, 0, None, layout)
-    )
+    _, state = init_state(MODEL, optimizer, 0, layout, average=True, skip_non_finite=True)
+    structure = structure_of(layout.training_model(MODEL))
+    step = cast(jax.stages.Wrapped, make_train_step(structure, optimizer, 0, None, layout, ema=0.5, packed=True))
     batch = layout.place(TOKENS)
     compiled = step.lower(state, batch).compile()
     measured = []
     for _ in range(STEPS):
         state, metrics = compiled(state, batch)
         measured.append((metrics.loss, metrics.grad_norm, *metrics.layers))
-    evaluation_step = make_evaluation_step(structure_of(layout.evaluation_model(MODEL)), 0, None)
+    evaluation_step = make_evaluation_step(structure_of(layout.evaluation_model(MODEL)), 0, None, packed=True)
     weights = np.ones((4, 24), np.float32)
-    held_out = evaluation_step(state.params, *layout.place_whole((TOKENS[0], weights)))
+    held_out = evaluation_step(evaluation_params(state), *layout.place_whole((TOKENS[0], weights)))
     return Trained(jax.tree.map(np.asarray, measured), state, float(held_out), compiled.as_text() or "")
 
 
@@ -84,17 +87,23 @@ def test_data(on_one_device):
     assert not MOVED.findall(got.text)
 
 
-def test_data_and_fsdp_and_tensor(on_one_device):
+def test_data_and_fsdp_and_tensor(on_one_device, tmp_path):
     layout = layout_of("data=2,fsdp=2,tensor=2")
     got = trained(layout)
     assert_same_training(got, on_one_device)
     # A state that comes out of a step lies as one that goes in: divided.
     for leaf, sharding in zip(jax.tree.leaves(got.state), jax.tree.leaves(layout.of_state(got.state)), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-    for tree in (got.state.params, got.state.optimizer):
+    for tree in (got.state.params, got.state.optimizer, got.state.ema):
         leaves = jax.tree.leaves(tree)
         whole, part = sum(x.size for x in leaves), sum(x.addressable_data(0).size for x in leaves)
         assert part < 0.3 * whole  # a quarter, and norms and positions besides
+    with Checkpoints(tmp_path, 1, {}) as checkpoints:
+        checkpoints.save(got.state, STEPS)
+    restored = restore(tmp_path / str(STEPS), got.state, identity(TrainConfig()))
+    for leaf, saved in zip(jax.tree.leaves(restored), jax.tree.leaves(got.state), strict=True):
+        assert leaf.sharding.is_equivalent_to(saved.sharding, leaf.ndim)
+        np.testing.assert_array_equal(leaf, saved)
     # Parameters are gathered, and the stream where its width was divided; never q, k, v or what plans are made of.
     heads = 4 // 2
     for _, shape, kind in MOVED.findall(got.text):
@@ -128,6 +137,13 @@ def assert_same_training(got, expected):
 def test_meshes_that_cannot_be(mesh, message):
     with pytest.raises(ConfigError, match=message):
         layout_of(mesh)
+
+
+def test_a_vocabulary_that_cannot_be_divided_is_whole():
+    layout = make_layout(dataclasses.replace(SETTINGS, mesh="tensor=3", model=ModelConfig(width=48, heads=3)))
+    division = lambda size: layout.of_state({"embedding": np.zeros((size, 6))})["embedding"].spec
+    assert division(320)[0] is None
+    assert division(384)[0] == "tensor"
 
 
 def test_pmap_takes_data_alone():

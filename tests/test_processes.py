@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import signal
 import socket
 import subprocess
 import sys
@@ -19,9 +18,10 @@ from training.run_folder import steps_in
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = [
     *("--model.layers", "2", "--model.width", "16", "--model.heads", "2", "--buckets", "4", "--rate", "0.3"),
-    *("--attention", "hash", "qk", "--length", "32", "--batch-size", "4", "--sample.tokens", "0", "--log-every", "1"),
-    *("--evaluation.every", "0", "--evaluation.windows", "2", "--evaluation.final-windows", "2"),
-    *("-n", "100000", "--checkpoint.every", "5", "--optimizer.warmup", "0.0001"),
+    *("--attention", "hash", "qk", "--length", "32", "--batch-size", "4", "--log-every", "1", "-n", "100000"),
+    *("--evaluation.every", "10", "--evaluation.windows", "2", "--evaluation.final-windows", "2"),
+    *("--evaluation.lengths", "16", "--sample.prompt", "4", "--sample.tokens", "4", "--checkpoint.every", "5"),
+    *("--optimizer.warmup", "0.0001", "--optimizer.ema", "0.9", "--optimizer.non-finite", "skip"),
 ]
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
@@ -31,7 +31,7 @@ def arguments(folder, *options):
     return [*TINY, "--data", str(folder / "text.txt"), *options]
 
 
-def start_two(folder, *options):
+def start_two(folder, *options, of_second=()):
     """Each with two devices, between which and over which parameters are divided."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -41,8 +41,8 @@ def start_two(folder, *options):
     together += ["--distributed.heartbeat", "20"]
     command = [sys.executable, "train.py", *arguments(folder, *options), *together, "--distributed.process"]
     return [
-        subprocess.Popen([*command, number], cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True)
-        for number in "01"
+        subprocess.Popen([*command, *number], cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True)
+        for number in (["0"], ["1", *of_second])
     ]
 
 
@@ -70,21 +70,9 @@ def test_two_processes_train_as_one(tmp_path):
     (tmp_path / "text.txt").write_text("".join(f"line {number}: the same words again\n" for number in range(2000)))
     out, alone = tmp_path / "two", tmp_path / "one"
 
-    # A signal to the second stops both, after the same step, in order.
+    # One dies. The other does not wait for it for ever, and says how to go on.
     both = start_two(tmp_path, "--out", str(out))
-    wait_for_step(out, 6, both[0])
-    both[1].send_signal(signal.SIGTERM)
-    shown = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], shown
-    assert "fsdp 4, by jit, 2 processes" in shown[0][0]
-    assert "held out" not in shown[1][0]  # the first alone speaks
-    end = read_metrics(out / "metrics.jsonl")[-1]
-    assert end["reason"] == "another process"
-    assert steps_in(out)[-1] == end["step"]
-
-    # The second dies; the first does not wait for it for ever, and says how to go on.
-    both = start_two(tmp_path, "--resume", str(out))
-    wait_for_step(out, end["step"] + 8, both[0])
+    wait_for_step(out, 13, both[0])
     both[1].kill()
     both[1].communicate()
     _, errors = both[0].communicate(timeout=300)
@@ -92,11 +80,24 @@ def test_two_processes_train_as_one(tmp_path):
     # Where it waits in a barrier, which knows nothing of its peers, the missing heartbeat ends it, in JAX's own words.
     assert "start all again with --resume" in errors or "another task died" in errors
     saved, of_two = steps_in(out)[-1], losses(out)
-    assert saved > end["step"]
+    assert saved >= 5
+
+    # Both go on. The second has no time left, so both stop after the same step, and evaluate and sample together.
+    both = start_two(tmp_path, "--resume", str(out), of_second=["--max-minutes", "0"])
+    shown = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], shown
+    assert "fsdp 4, by jit, 2 processes" in shown[0][0]
+    assert f"stopped by the request of another process after step {saved + 1}" in shown[0][0]
+    assert "held out" not in shown[1][0]  # the first alone speaks
+    records = {record["kind"]: record for record in read_metrics(out / "metrics.jsonl")}
+    assert [each["length"] for each in records["final"]["lengths"]] == [16]
+    assert (out / "sample.txt").read_text()
+    assert steps_in(out)[-1] == saved + 1
 
     # Their parameters, which no process had all of, go on in one process; and its losses are theirs, from the first.
     train_a_step(tmp_path, "--resume", str(out))
-    assert steps_in(out)[-1] == saved + 1
     train_a_step(tmp_path, "--out", str(alone))
-    for step, loss in (losses(alone) | {saved + 1: losses(out)[saved + 1]}).items():
+    assert (steps_in(out)[-1], steps_in(alone)[-1]) == (saved + 2, 1)
+    again = {step: loss for step, loss in losses(out).items() if step > saved and step in of_two}
+    for step, loss in (losses(alone) | again).items():
         np.testing.assert_allclose(loss, of_two[step], rtol=1e-5)

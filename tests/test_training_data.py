@@ -172,7 +172,7 @@ def test_rows_are_those_of_older_runs():
 
 
 @pytest.mark.parametrize("packing", ["stream", "documents"])
-def test_hosts_read_parts_of_the_same_batch(packing):
+def test_processes_read_parts_of_the_same_batch(packing):
     tokens = stream_of([5, 40, 3, 17, 9, 60] * 4)
     whole, *parts = (
         Batches(tokens, BatchConfig(length=16, size=4, accumulation=2), 0, Shard(index, count), packing)
@@ -185,7 +185,7 @@ def test_hosts_read_parts_of_the_same_batch(packing):
 @pytest.mark.parametrize(
     ("shard", "message"), [((0, 3), "--batch-size 4 must be a multiple .* 3"), ((2, 2), r"\[0, 2\), got 2")]
 )
-def test_hosts_with_unequal_parts(shard, message):
+def test_parts_that_are_not_equal(shard, message):
     with pytest.raises(ConfigError, match=message):
         Batches(np.arange(100), BatchConfig(length=16, size=4), 0, Shard(*shard))
 

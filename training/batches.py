@@ -1,7 +1,7 @@
 """Which tokens a step sees: a pure function of (seed, step), so that resuming needs no loader state.
 
-`windows.py` and `packing.py` say what the rows are. Here `grain` gives them to steps and hosts, and reads ahead of the
-steps while the device works.
+`windows.py` and `packing.py` say what the rows are. Here `grain` gives them to steps and processes, and reads
+ahead of the steps while the device works.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ _READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """The part of each global batch that a host reads.
+    """The part of each global batch that a process reads.
 
     Attributes:
-        index: of the host, from 0.
-        count: of hosts.
+        index: of the part, from 0.
+        count: of parts.
     """
 
     index: int = 0
@@ -46,11 +46,11 @@ class Batches:
         tokens: the training stream [L].
         shape: accumulation, sequences and tokens of a global batch.
         seed: decides the order.
-        shard: rows to read of each global batch, which is the same whatever the number of hosts; default all of them.
+        shard: rows to read of each global batch, which is the same whatever the number of processes; default all.
         packing: "stream" for rows of `Windows`, "documents" for those of `PackedRows`.
 
     Raises:
-        ConfigError: the hosts cannot have equal parts of a batch.
+        ConfigError: the processes cannot have equal parts of a batch.
     """
 
     tokens: np.ndarray
@@ -62,9 +62,11 @@ class Batches:
     def __post_init__(self):
         index, count = self.shard.index, self.shard.count
         if not 0 <= index < count:
-            raise ConfigError(f"the host's index must lie in [0, {count}), got {index}")
+            raise ConfigError(f"the part's index must lie in [0, {count}), got {index}")
         if self.shape.size % count:
-            raise ConfigError(f"--batch-size {self.shape.size} must be a multiple of the number of hosts, {count}")
+            raise ConfigError(
+                f"--batch-size {self.shape.size} must be a multiple of the parts that processes read, {count}"
+            )
 
     def at(self, step: int) -> np.ndarray:
         """The batch of a step: int32 [accumulation, size // shard.count, length + 1], inputs and targets overlapping.
@@ -91,8 +93,8 @@ class Batches:
             # An epoch's own seed is this one and its number: those of neighbouring runs must be far apart.
             seed = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
             rows = grain.MapDataset.source(self.packed).shuffle(seed).repeat(ENDLESS // len(self.packed))
-        hosts = self.shard.count
-        return rows.batch(self.shape.size // hosts)[self.shard.index :: hosts].batch(self.shape.accumulation)
+        parts = self.shard.count
+        return rows.batch(self.shape.size // parts)[self.shard.index :: parts].batch(self.shape.accumulation)
 
 
 class EvaluationBatch(NamedTuple):

@@ -4,7 +4,7 @@ import math
 
 from sparse_flash_jax.flax.heads import check_heads
 from sparse_flash_jax.kernels.implementations import check_implementation
-from training.config import ModelConfig, TrainConfig
+from training.config import DataConfig, ModelConfig, TrainConfig
 from training.errors import ConfigError
 from training.hugging_face import PREFIX
 
@@ -27,8 +27,11 @@ def check(config: TrainConfig) -> None:
             f"--evaluation.lengths {longest} is beyond the {length} learned positions of --batch.length; leave it out,"
             " or take --model.positions rope"
         )
-    if config.data.streaming and not config.data.source.startswith(PREFIX):
-        raise ConfigError(f"--data.streaming needs a Hugging Face data set, --data {PREFIX}NAME_OR_PATH")
+    defaults = DataConfig()
+    for name in ("configuration", "split", "field", "streaming"):
+        given = getattr(config.data, name) != getattr(defaults, name)
+        if given and not config.data.source.startswith(PREFIX):
+            raise ConfigError(f"--data.{name} needs a Hugging Face data set, --data {PREFIX}NAME_OR_PATH")
     _check_heads(config.model)
     _check_attention(config.model, config.data.documents_apart)
 

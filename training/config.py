@@ -191,7 +191,8 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """Several processes that train as one, on one host or many; the same command on each, but for its number."""
+    """Several processes that train as one, on one host or many; the same command on each, but for its number. Each uses
+    all the GPUs that it sees: on one host, set CUDA_VISIBLE_DEVICES for each."""
 
     coordinator: str | None = None
     """HOST:PORT of the first process, where all of them meet."""
@@ -229,9 +230,9 @@ class TrainConfig:
     mesh: str | None = None
     """Devices by axis: data=4, data=2,fsdp=2, data=2,tensor=2 or all three. data divides the sequences of a batch; fsdp
     these and parameters and optimizer state; tensor heads, hidden units and vocabulary. Default: data over all devices
-    if they divide --batch-size, else one device."""
+    if they divide --batch-size, else one device (an error in several processes)."""
     parallel: Literal["jit", "pmap"] = "jit"
-    """One program over all devices of the mesh, or jax.pmap of one for each (data alone)."""
+    """One program over all devices of the mesh, or jax.pmap of one for each (data alone, one process)."""
     distributed: DistributedConfig = DistributedConfig()
     model: ModelConfig = ModelConfig()
     batch: BatchConfig = BatchConfig()

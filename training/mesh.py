@@ -155,7 +155,11 @@ class Layout(NamedTuple):
     def _division(self, path: Any, leaf: Any) -> tuple[Any, ...]:
         names = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value").split("/")
         known = _DIVISION.get("/".join(names[-2:])) or _DIVISION.get(names[-1])
-        return known if known is not None and len(known) == leaf.ndim and not self.pmap else ()
+        if known is None or len(known) != leaf.ndim or self.mesh is None or self.pmap:
+            return ()
+        # A vocabulary, which is as large as it is, stays whole where it cannot be divided.
+        fits = lambda axis, size: axis is not None and size % self.mesh.shape[axis] == 0
+        return tuple(axis if fits(axis, size) else None for axis, size in zip(known, leaf.shape, strict=True))
 
 
 ONE_DEVICE = Layout(None)
@@ -178,7 +182,7 @@ def make_layout(config: TrainConfig) -> Layout:
         axes = _parse(config.mesh)
     count = math.prod(axes.values())
     if count > devices or (jax.process_count() > 1 and count != devices):
-        raise ConfigError(f"--mesh {config.mesh} takes {count} devices, there are {devices}")
+        raise ConfigError(f"--mesh {config.mesh} takes {count} devices, there are {devices}; name another with --mesh")
     _check(config, axes)
     if count == 1 and config.parallel == "jit":
         return ONE_DEVICE
@@ -200,6 +204,8 @@ def _parse(text: str) -> dict[str, int]:
 
 def _check(config: TrainConfig, axes: dict[str, int]) -> None:
     model, batch = config.model, config.batch
+    if config.parallel == "pmap" and jax.process_count() > 1:
+        raise ConfigError("--parallel pmap runs in one process; leave it out for several")
     if config.parallel == "pmap" and {*axes} - {"data"}:
         raise ConfigError(f"--parallel pmap takes a mesh of data alone, got {config.mesh}; leave it out for the others")
     sequences = axes.get("data", 1) * axes.get("fsdp", 1)

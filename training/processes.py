@@ -4,12 +4,13 @@ All run the same program in step. The first alone writes what people read: metri
 checkpoint is written by all, each its own part, so they share a file system.
 """
 
+import dataclasses
 import functools
 import json
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from training.config import DistributedConfig
-from training.errors import ConfigError, DataError
+from training.config import DistributedConfig, TrainConfig
+from training.errors import ConfigError
 from training.stopping import StopRequest
 
 
@@ -35,11 +36,16 @@ def join(config: DistributedConfig) -> None:
     }
     missing = [name for name, value in given.items() if value is None]
     if config.auto and len(missing) < len(given):
-        raise ConfigError(f"--distributed.auto finds out what {', '.join({*given} - {*missing})} would say; give one")
+        told = ", ".join(name for name in given if name not in missing)
+        raise ConfigError(f"--distributed.auto finds out what {told} would say; give one")
     if not config.auto and len(missing) == len(given):
         return
     if not config.auto and missing:
         raise ConfigError(f"several processes need {' and '.join(missing)}, too")
+    if config.process is not None and config.processes is not None and not 0 <= config.process < config.processes:
+        raise ConfigError(f"--distributed.process must lie in [0, {config.processes}), got {config.process}")
+    if min(config.timeout, config.heartbeat) < 1:
+        raise ConfigError("--distributed.timeout and --distributed.heartbeat must be at least 1 second")
     try:
         jax.distributed.initialize(
             config.coordinator,
@@ -74,10 +80,21 @@ def from_first[Value](make: Callable[[], Value], errors: tuple[type[Exception], 
     return told["value"]
 
 
-def check_same_text(fingerprint: str) -> None:
-    """Refuses to train where processes have read different texts."""
-    if from_first(lambda: fingerprint, ()) != fingerprint:
-        raise DataError(f"process {jax.process_index()} has read another text than the first; give all the same --data")
+def check_same(what: str, value: Any) -> None:
+    """Refuses to train where processes have different settings, or have read different texts."""
+    if from_first(lambda: value, ()) != value:
+        raise ConfigError(f"process {jax.process_index()} has another {what} than the first; give all the same options")
+
+
+def shared_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that all processes must have alike, or one waits for what another does not do."""
+    own = {"distributed", "max_minutes", "out", "resume"}
+    return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k not in own}, default=str))
+
+
+def advice() -> str:
+    """What to do once a process has failed for a reason that may pass; nothing where there is one alone."""
+    return "; the other processes end, too: start all again with --resume" if jax.distributed.is_initialized() else ""
 
 
 def another_is_gone(error: Exception) -> str:
@@ -87,10 +104,6 @@ def another_is_gone(error: Exception) -> str:
 
 def leave(status: int) -> NoReturn:
     """Ends this process without waiting for the others, who cannot go on without it and then end, too."""
-    print(
-        f"train.py: process {jax.process_index()} leaves, and the others cannot go on; start all again with --resume",
-        file=sys.stderr,
-    )
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -135,7 +148,7 @@ class JointStop:
     @property
     def reason(self) -> str | None:
         """What asked to stop; None if nothing did."""
-        return self._stop.reason or ("another process" if self._agreed > _NO else None)
+        return self._stop.reason or ("request of another process" if self._agreed > _NO else None)
 
     def _own(self) -> int:
         return _NO if not self._stop.requested() else _BY_SIGNAL if self._stop.signalled else _IN_TIME

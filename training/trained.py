@@ -51,6 +51,8 @@ def load_trained(path: Path) -> Trained:
     config = read_config(run.config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     saved, settings = saved_identity(checkpoint), identity(config)
+    if saved.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise CheckpointError(f"{checkpoint} was trained with another tokenizer than {config.data.tokenizer} is now")
     for name, value in settings.items():
         if name.startswith(_OF_MODEL) and saved.get(name) != value:
             raise CheckpointError(
