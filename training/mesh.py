@@ -158,7 +158,8 @@ class Layout(NamedTuple):
         if known is None or len(known) != leaf.ndim or self.mesh is None or self.pmap:
             return ()
         # A vocabulary, which is as large as it is, stays whole where it cannot be divided.
-        fits = lambda axis, size: axis is not None and size % self.mesh.shape[axis] == 0
+        parts = self.mesh.shape
+        fits = lambda axis, size: axis is not None and size % parts[axis] == 0
         return tuple(axis if fits(axis, size) else None for axis, size in zip(known, leaf.shape, strict=True))
 
 
