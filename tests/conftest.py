@@ -27,6 +27,14 @@ def forget_what_was_compiled():
     jax.clear_caches()
 
 
+@pytest.fixture
+def quick_compilation():
+    """For what runs for milliseconds, and is long to compile."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def pytest_configure(config):
     # Compiling is most of the time that the tests take, and workers compile much the same.
     if getattr(config, "cache", None) is None:

@@ -45,14 +45,6 @@ SMALL = TransformerConfig(
 MIX = (Dense(window=5), Hash(4, exclude_self=True))
 
 
-@pytest.fixture
-def quick_compilation():
-    """What is compiled here runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def make(attention, **changes):
     """A model with parameters that cost no compilation."""
     layers = len(attention) if isinstance(attention, tuple) else 1

@@ -36,7 +36,11 @@ def start_two(folder, *options, of_second=()):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # of what runs for milliseconds
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+    }
     together = ["--mesh", "fsdp=4", "--distributed.coordinator", f"localhost:{port}", "--distributed.processes", "2"]
     together += ["--distributed.heartbeat", "20"]
     command = [sys.executable, "train.py", *arguments(folder, *options), *together, "--distributed.process"]
@@ -66,6 +70,7 @@ def train_a_step(folder, *options):
         assert train.main(arguments(folder, *options, "--mesh", "data=4", "--max-minutes", "0")) == 0
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_two_processes_train_as_one(tmp_path):
     (tmp_path / "text.txt").write_text("".join(f"line {number}: the same words again\n" for number in range(2000)))
     out, alone = tmp_path / "two", tmp_path / "one"
