@@ -129,10 +129,11 @@ def test_shared_queries_and_keys_are_hashed_once(hashed):
 
 
 def test_layers_and_calls_hash_by_the_kernel(hashed):
-    q, k = vectors((1, 70, 2, 16)), vectors((1, 60, 2, 16))
+    sides = [(vectors((1, length, 2, 16)), vectors((1, length - 10, 2, 16))) for length in (70, 90)]
+    (q, k), of_layer = sides  # of other lengths: what is traced once is not traced again
     sfj.hash_sparse_attention(q, k, k, 8, KEY)
-    Hash(8).plan(q, k, key=KEY)
-    assert hashed == [q.shape, k.shape] * 2
+    Hash(8).plan(*of_layer, key=KEY)
+    assert hashed == [x.shape for side in sides for x in side]
 
 
 @pytest.mark.usefixtures("hashed")

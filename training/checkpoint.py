@@ -176,9 +176,9 @@ def _quiet_loops() -> Iterator[None]:
     sys.unraisablehook = before
 
 
-def _is_here(leaf: jax.Array) -> bool:
+def _is_here(leaf: jax.Array | np.ndarray) -> bool:
     """Whether this process has all of an array."""
-    return leaf.is_fully_addressable or leaf.is_fully_replicated
+    return isinstance(leaf, np.ndarray) or leaf.is_fully_addressable or leaf.is_fully_replicated
 
 
 def _placed(array: np.ndarray, like: Any) -> jax.Array:
