@@ -213,7 +213,7 @@ def restore_params(checkpoint: Path, like: nnx.State, *, averaged: bool = False)
     checksums = _read_record(checkpoint).get("checksums", {})
     templates = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
     path = (checkpoint / "state").resolve()
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    _silence_storage()
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             saved = reader.metadata(path).item_metadata
