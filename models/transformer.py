@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
-from sparse_flash_jax import PLAN_NAME, RESIDUAL_NAMES
+from sparse_flash_jax import PLAN_NAME, RESIDUAL_NAMES, Context, to_zigzag
 from sparse_flash_jax.flax.auto import Pattern
 from sparse_flash_jax.flax.nnx import SparseSelfAttention
 from sparse_flash_jax.flax.pattern import Dense, Hash
@@ -54,6 +54,7 @@ class TransformerConfig:
         remat: what the backward pass computes again of each block: "none", which keeps all; "attention", all but what
             attention gave and the plan it went by; "full", all, so that a block keeps its input only.
         stream: how the residual stream [B T D] lies over devices; None leaves that to XLA.
+        context: how sequences are divided over devices; None for whole ones. See `laid_out`.
     """
 
     vocab_size: int
@@ -72,6 +73,7 @@ class TransformerConfig:
     implementation: str | None = None
     remat: Remat = "none"
     stream: NamedSharding | None = None
+    context: Context | None = None
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
@@ -84,6 +86,17 @@ class TransformerConfig:
         if len(patterns) != self.num_layers:
             raise ValueError(f"attention needs one pattern for each of {self.num_layers} layers, got {len(patterns)}.")
         return patterns
+
+    @property
+    def parts(self) -> int:
+        """Devices that a sequence is divided over."""
+        return 1 if self.context is None or self.context.mesh is None else self.context.mesh.shape[self.context.axis]
+
+    def laid_out[Ids: jax.Array | None](self, ids: Ids) -> Ids:
+        """What belongs to tokens [B T], which come in order, in the order of the rows that the model works on."""
+        if ids is None or self.context is None or not self.context.zigzag:
+            return ids
+        return to_zigzag(ids, self.parts)
 
     @property
     def padded_vocab(self) -> int:
@@ -141,6 +154,7 @@ class Block(nnx.Module):
             kernel_init=_fan_in_init(1.0),
             out_kernel_init=_residual_init(config),
             implementation=config.implementation,
+            context=config.context,
             rngs=rngs,
         )
         self.mlp_norm = _layer_norm(config, rngs)
@@ -188,17 +202,22 @@ class Transformer(nnx.Module):
         """The last layer's output, from which `logits` predicts the next token.
 
         Args:
-            tokens: int32 [B T].
+            tokens: int32 [B T], as `TransformerConfig.laid_out` has them.
             key: PRNG key of hashes and drops; each layer folds in its number.
-            segment_ids: int32 [B T]; tokens see only their own document.
+            segment_ids: int32 [B T], likewise; tokens see only their own document.
 
         Returns:
-            [B T D] in the compute type, and what each layer's plan saw.
+            [B T D] in the compute type and the order of the tokens, and what each layer's plan saw.
 
         Raises:
             ValueError: if the sequence is longer than the learned positions.
         """
-        x = self._placed(self.embed(tokens))
+        positions = None
+        if self.config.context is not None:
+            self.check_length(tokens.shape[1])
+            layout = self.config.context.layout(tokens.shape[1], self.config.parts)
+            positions = jnp.broadcast_to(jnp.asarray(layout.positions())[None], tokens.shape)
+        x = self._placed(self.embed(tokens, positions))
         stats = []
         run = _remat(self.config.remat)
         for number, block in enumerate(self.blocks):

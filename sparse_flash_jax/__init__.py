@@ -3,8 +3,9 @@
 from sparse_flash_jax.attention import hash_sparse_attention as hash_sparse_attention
 from sparse_flash_jax.attention import qk_sparse_attention as qk_sparse_attention
 from sparse_flash_jax.attention import sparse_attention as sparse_attention
-from sparse_flash_jax.context.attention import Context as Context
 from sparse_flash_jax.context.attention import context_attention as context_attention
+from sparse_flash_jax.context.divided_plan import DividedPlan as DividedPlan
+from sparse_flash_jax.context.division import Context as Context
 from sparse_flash_jax.context.layout import from_zigzag as from_zigzag
 from sparse_flash_jax.context.layout import to_zigzag as to_zigzag
 from sparse_flash_jax.context.layout import zigzag_positions as zigzag_positions

@@ -112,8 +112,7 @@ class AttentionPlan(NamedTuple):
         The denominator is that of `causal(T, S)`, so a bidirectional plan has a density of nearly 2, and one query with
         a long cache behind it (`query_offset`) a density of S.
         """
-        visible = jnp.sum((self.runs.k_stop - self.runs.k_start).astype(jnp.float32), axis=-1)
-        return jnp.mean(visible) / np.float32(causal_pairs(self.query_length, self.key_length))
+        return share_of_causal(visible_pairs(self.runs), self.query_length, self.key_length)
 
     def stats(self, block_q: int = 128, block_k: int = 128) -> PlanStats:
         """Returns counts of visible pairs, tiles, lonely queries and the largest group, and the time to expect.
@@ -152,6 +151,16 @@ def _permutation(order: Array | None, slot: Array | None) -> Permutation | None:
 def repeat_heads(x: Array, heads: int) -> Array:
     """Returns x [B A ...] with each head repeated so that there are `heads`; an axis of size 1 stays."""
     return x if x.shape[1] in (1, heads) else jnp.repeat(x, heads // x.shape[1], axis=1)
+
+
+def visible_pairs(runs: Runs) -> Float32[Array, "B N"]:
+    """Returns how many pairs the runs show; axes of size 1 stand for any size."""
+    return jnp.sum((runs.k_stop - runs.k_start).astype(jnp.float32), axis=-1)
+
+
+def share_of_causal(pairs: Float32[Array, "B N"], query_length: int, key_length: int) -> Float32[Array, ""]:
+    """Returns so many pairs over those of dense causal attention, averaged over batch and heads."""
+    return jnp.mean(pairs) / np.float32(causal_pairs(query_length, key_length))
 
 
 def causal_pairs(query_length: int, key_length: int) -> int:

@@ -1,5 +1,6 @@
 """The error budget of a kernel: twice what dense attention in the same dtype errs against float32, and a rounding."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -48,6 +49,14 @@ def dense(inputs: Inputs, mask: Array, scale: float | None = None) -> Results:
         return o, jnp.where(some, lse, -jnp.inf)[..., 0].swapaxes(1, 2)
 
     return with_gradients(attention, inputs)
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def judges(inputs: Inputs, mask: Array | np.ndarray, scale: float | None = None) -> tuple[Results, Results]:
+    """The truth and its dense peer, of a mask [B N T S] whose first two axes may be 1: compiled once for a shape."""
+    batch, length, heads, _ = inputs.q.shape
+    mask = jnp.broadcast_to(mask, (batch, heads, length, inputs.k.shape[1]))
+    return truth(inputs, mask, scale), dense(inputs, mask, scale)
 
 
 # Float32 sums in another order: what the cases need beyond twice the peer's error is 9e-7 of the largest value.

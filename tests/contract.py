@@ -10,7 +10,7 @@ import pytest
 from sparse_flash_jax.kernels.config import Blocks, Config
 from sparse_flash_jax.kernels.interval import interval_attention
 from sparse_flash_jax.kernels.tiles import Runs
-from tests.budget import assert_within_budget, dense, truth, with_gradients
+from tests.budget import Results, assert_within_budget, judges, with_gradients
 from tests.cases import Inputs
 
 BATCH, HEADS, KEY_HEADS, QUERIES, KEYS, HEAD_DIM = 2, 4, 2, 90, 75, 8
@@ -64,12 +64,22 @@ def inputs(dtype: str) -> Inputs:
     return Inputs(q, k, v, do, jnp.asarray(rng.standard_normal(queries[:3]), jnp.float32))
 
 
-@functools.partial(jax.jit, static_argnames="scale")
-def judges(inputs, runs, scale=None):
-    slot = jnp.arange(KEYS)[None, None, None]
-    mask = (runs.k_start[..., None] <= slot) & (slot < runs.k_stop[..., None])
-    mask = jnp.broadcast_to(jnp.repeat(mask, HEADS // mask.shape[1], axis=1), (BATCH, HEADS, QUERIES, KEYS))
-    return truth(inputs, mask, scale), dense(inputs, mask, scale)
+def judged(inputs: Inputs, runs: Runs, scale: float | None = None) -> tuple[Results, Results]:
+    """The judges of the pairs that the runs show."""
+    slot = np.arange(KEYS)
+    start, stop = (np.asarray(x)[..., None] for x in (runs.k_start, runs.k_stop))
+    mask = (start <= slot) & (slot < stop)
+    return judges(inputs, np.repeat(mask, HEADS // mask.shape[1], axis=1), scale)
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "config", "scale"))
+def attended(inputs: Inputs, runs: Runs, *, implementation: str, config: Config, scale: float | None) -> Results:
+    def attention(q, k, v):
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+        o, lse = interval_attention(q, k, v, runs, scale=scale, implementation=implementation, config=config)
+        return jnp.swapaxes(o, 1, 2), jnp.swapaxes(lse, 1, 2)
+
+    return with_gradients(attention, inputs)
 
 
 class IntervalContract:
@@ -80,18 +90,8 @@ class IntervalContract:
     dtypes = ("float32", "float16", "bfloat16")
 
     def run(self, inputs, runs, config, scale=None):
-        @jax.jit
-        def attend(inputs, runs):
-            def attention(q, k, v):
-                q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-                o, lse = interval_attention(
-                    q, k, v, runs, scale=scale, implementation=self.implementation, config=self.configs[config]
-                )
-                return jnp.swapaxes(o, 1, 2), jnp.swapaxes(lse, 1, 2)
-
-            return with_gradients(attention, inputs)
-
-        return attend(inputs, runs)
+        options = {"implementation": self.implementation, "config": self.configs[config], "scale": scale}
+        return attended(inputs, runs, **options)
 
     @pytest.mark.parametrize("config", CONFIGS)
     def test_every_kind_of_run(self, config):
@@ -99,7 +99,7 @@ class IntervalContract:
         for name, runs in RUNS.items():
             got = self.run(drawn, runs, config)
             try:
-                assert_within_budget(got, *judges(drawn, runs))
+                assert_within_budget(got, *judged(drawn, runs))
             except AssertionError as error:
                 error.add_note(f"runs: {name}")
                 raise
@@ -110,22 +110,22 @@ class IntervalContract:
             pytest.skip(f"{self.implementation} has no {dtype}")
         drawn = inputs(dtype)
         for runs in (RUNS["narrow"], RUNS["sections"]):
-            assert_within_budget(self.run(drawn, runs, "each_pass_its_own"), *judges(drawn, runs))
+            assert_within_budget(self.run(drawn, runs, "each_pass_its_own"), *judged(drawn, runs))
 
     @pytest.mark.parametrize("scale", [0.0, 0.003, -0.7])
     def test_any_scale(self, scale):
         """Runs that are empty beside others are where a hidden score could pass for the largest."""
         drawn, runs = inputs(self.dtypes[0]), RUNS["narrow"]
-        assert_within_budget(self.run(drawn, runs, "small", scale), *judges(drawn, runs, scale))
+        assert_within_budget(self.run(drawn, runs, "small", scale), *judged(drawn, runs, scale))
 
     @pytest.mark.parametrize("heads", [1, 2])
     def test_heads_may_share_runs(self, heads):
         drawn, runs = inputs(self.dtypes[0]), random_runs(np.random.default_rng(2), 30, heads)
-        assert_within_budget(self.run(drawn, runs, "small"), *judges(drawn, runs))
+        assert_within_budget(self.run(drawn, runs, "small"), *judged(drawn, runs))
 
     def test_batch_may_share_runs(self):
         drawn, runs = inputs(self.dtypes[0]), Runs(*(x[:1] for x in RUNS["narrow"]))
-        assert_within_budget(self.run(drawn, runs, "small"), *judges(drawn, runs))
+        assert_within_budget(self.run(drawn, runs, "small"), *judged(drawn, runs))
 
     def test_empty_runs_give_exact_zeros(self):
         got = self.run(inputs(self.dtypes[0]), RUNS["empty"], "small")

@@ -12,7 +12,7 @@ from jax.test_util import check_grads
 
 import sparse_flash_jax as sfj
 from tests import definition
-from tests.budget import assert_within_budget, dense, truth, with_gradients
+from tests.budget import assert_within_budget, judges, with_gradients
 from tests.cases import BASE, BY_NAME, CASES, Case, Inputs, Pattern, Shape
 
 HASH = BY_NAME["B2-T63-N4-K2-H32-hash16-f32"]
@@ -23,22 +23,13 @@ def sparse(inputs, plan):
     return with_gradients(lambda q, k, v: sfj.sparse_attention(q, k, v, plan, return_residual=True), inputs)
 
 
-@jax.jit
-def judges(inputs, plan):
-    batch, length, heads, _ = inputs.q.shape
-    mask = plan.mask()
-    mask = jnp.repeat(mask, heads // mask.shape[1], axis=1)
-    mask = jnp.broadcast_to(mask, (batch, heads, length, inputs.k.shape[1]))
-    return truth(inputs, mask), dense(inputs, mask)
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_outputs_and_gradients_within_budget(case):
-    inputs, plan = case.inputs(), definition.plan(case)
-    got = sparse(inputs, plan)
+    inputs = case.inputs()
+    got = sparse(inputs, definition.plan(case))
     assert got.o.dtype == inputs.q.dtype
     assert got.lse.dtype == jnp.float32
-    assert_within_budget(got, *judges(inputs, plan))
+    assert_within_budget(got, *judges(inputs, definition.visible(case)))
 
 
 def any_pattern(seed: int, buckets: int, share: float, documents: bool) -> Pattern:
@@ -73,8 +64,9 @@ def test_any_pattern_within_budget(seed, buckets, share, documents, window, caus
     pattern = any_pattern(seed, buckets, share, documents)
     case = Case(shape, dataclasses.replace(pattern, window=window, causal=causal))
     inputs, plan = case.inputs(), case.plan()
-    np.testing.assert_array_equal(definition.full_mask(plan, case), definition.visible(case))
-    assert_within_budget(sparse(inputs, plan), *judges(inputs, plan))
+    mask = definition.visible(case)
+    np.testing.assert_array_equal(definition.full_mask(plan, case), mask)
+    assert_within_budget(sparse(inputs, plan), *judges(inputs, mask))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -120,20 +112,18 @@ def test_scale(scale):
     inputs, plan = HASH.inputs(), definition.plan(HASH)
 
     @jax.jit
-    def all_three(inputs, plan):
-        mask = plan.mask()
-        got = with_gradients(
+    def scaled(inputs, plan):
+        return with_gradients(
             lambda q, k, v: sfj.sparse_attention(q, k, v, plan, scale=scale, return_residual=True), inputs
         )
-        return got, truth(inputs, mask, scale), dense(inputs, mask, scale)
 
-    assert_within_budget(*all_three(inputs, plan))
+    assert_within_budget(scaled(inputs, plan), *judges(inputs, definition.visible(HASH), scale))
 
 
 def test_large_scores_do_not_overflow():
     inputs, plan = HASH.inputs(), definition.plan(HASH)
     inputs = inputs._replace(q=100 * inputs.q)
-    got, (exact, _) = sparse(inputs, plan), judges(inputs, plan)
+    got, (exact, _) = sparse(inputs, plan), judges(inputs, definition.visible(HASH))
     np.testing.assert_allclose(got.o, exact.o, atol=1e-3)
     for name in ("dq", "dk", "dv"):
         assert np.isfinite(getattr(got, name)).all(), name

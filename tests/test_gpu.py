@@ -14,9 +14,8 @@ import sparse_flash_jax as sfj
 from sparse_flash_jax.kernels.config import mosaic_config, triton_config
 from sparse_flash_jax.kernels.implementations import check_implementation, pick_implementation
 from tests import definition
-from tests.budget import assert_within_budget, with_gradients
+from tests.budget import assert_within_budget, judges, with_gradients
 from tests.cases import BY_NAME, CASES, Case, Pattern, Shape, buckets, half_in_one
-from tests.test_attention import judges
 
 # The transformations' tests, collected here once more: here the default device is a GPU.
 from tests.test_transforms import TestDevices as TestDevices
@@ -78,7 +77,7 @@ ALL = (*CASES, *SHIPPED, SKEWED)
 )
 def test_within_budget(attend, case):
     inputs, plan = case.inputs(), definition.plan(case)
-    assert_within_budget(attend(inputs, plan), *judges(inputs, plan))
+    assert_within_budget(attend(inputs, plan), *judges(inputs, definition.full_mask(plan, case)))
 
 
 @pytest.mark.usefixtures("hopper")
@@ -172,7 +171,7 @@ def test_tf32_by_choice_alone():
     """Full float32 is the default; rounding to tf32 shows, and stays small."""
     case = BY_NAME["B2-T63-N4-K2-H32-hash16-f32"]
     inputs, plan = case.inputs(), definition.plan(case)
-    exact = judges(inputs, plan)[0]
+    exact, _ = judges(inputs, definition.visible(case))
     errors = []
     for tf32 in (False, True):
         config = triton_config("float32", 32, long_runs=False, capability=8.0)

@@ -110,6 +110,15 @@ def test_data_and_fsdp_and_tensor(on_one_device, tmp_path):
         assert f"24,{heads}" not in shape, (shape, kind)
 
 
+def test_context(on_one_device):
+    got = trained(layout_of("data=2,context=2,tensor=2"))
+    assert_same_training(got, on_one_device)
+    # Keys and values go round, a part at a time; nothing is ever gathered.
+    assert "collective-permute" in got.text
+    for _, shape, kind in MOVED.findall(got.text):
+        assert kind == "collective-permute", (shape, kind)
+
+
 def test_pmap(on_one_device):
     assert_same_training(trained(layout_of("data=4", "pmap")), on_one_device)
 
@@ -132,6 +141,7 @@ def assert_same_training(got, expected):
         ("data=3", "--batch-size 4 cannot be divided by 3"),
         ("tensor=8", "--model.heads 4 cannot be divided by 8"),
         ("fsdp=2,data=4", "--batch-size 4 cannot be divided by 8"),
+        ("context=3", "--length 2048 cannot be divided by 6"),
     ],
 )
 def test_meshes_that_cannot_be(mesh, message):

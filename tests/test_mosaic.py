@@ -14,11 +14,10 @@ import sparse_flash_jax as sfj
 from sparse_flash_jax.kernels import mosaic
 from sparse_flash_jax.kernels.config import Blocks, Config, HopperBlocks, mosaic_config
 from tests import definition
-from tests.budget import assert_within_budget, with_gradients
+from tests.budget import assert_within_budget, judges, with_gradients
 from tests.cases import CASES, Case, Pattern, Shape, buckets, kept
 from tests.contract import IntervalContract
 from tests.gpus import H100, lowered, mesh_of, on, passes, passes_by_position, put_device
-from tests.test_attention import judges
 from tests.test_transforms import LENGTH, attended, drawn, hashed
 
 CONFIGS = {
@@ -76,7 +75,7 @@ def test_interpreted_cases_within_budget(case, long_runs):
     inputs, plan = case.inputs(), definition.plan(case)
     config = mosaic_config(case.shape.H, long_runs=long_runs)
     got = interpreted(inputs, plan, dataclasses.replace(config, interpret=True))
-    assert_within_budget(got, *judges(inputs, plan))
+    assert_within_budget(got, *judges(inputs, definition.visible(case)))
 
 
 def test_row_buffers_are_used_again():
@@ -85,7 +84,7 @@ def test_row_buffers_are_used_again():
     inputs, plan = case.inputs(), definition.plan(case)
     block = HopperBlocks(2, 64, 2, turns=True, tiles=5)
     got = interpreted(inputs, plan, Config(block, block, block, interpret=True))
-    assert_within_budget(got, *judges(inputs, plan))
+    assert_within_budget(got, *judges(inputs, definition.visible(case)))
 
 
 def test_dq_summed_by_dkv_under_vmap():
@@ -142,7 +141,7 @@ def test_dq_over_several_tiles_of_keys(case, shift):
     inputs, plan = case.inputs(), definition.plan(case)
     inputs = inputs._replace(q=inputs.q - shift, k=inputs.k + shift)
     got = interpreted(inputs, plan, CONFIGS["fused"])
-    assert_within_budget(got, *judges(inputs, plan))
+    assert_within_budget(got, *judges(inputs, definition.visible(case)))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -15,11 +15,10 @@ from sparse_flash_jax.kernels.config import Blocks, Config, operand_side, shared
 from sparse_flash_jax.kernels.interval import interval_attention
 from sparse_flash_jax.kernels.triton import launch
 from tests import definition
-from tests.budget import assert_within_budget, with_gradients
+from tests.budget import assert_within_budget, judges, with_gradients
 from tests.cases import CASES
 from tests.contract import RUNS, IntervalContract, inputs
 from tests.gpus import GPUS, H100, lowered, on, passes
-from tests.test_attention import judges
 
 CONFIGS = {
     "small": Config(Blocks(16, 16), Blocks(16, 16), Blocks(16, 16)),
@@ -52,7 +51,7 @@ def test_interpreted_cases_within_budget(case):
     inputs, plan = case.inputs(), definition.plan(case)
     config = triton_config(case.dtype, case.shape.H, long_runs=False, capability=9.0)
     got = interpreted(inputs, plan, dataclasses.replace(config, interpret=True))
-    assert_within_budget(got, *judges(inputs, plan))
+    assert_within_budget(got, *judges(inputs, definition.visible(case)))
 
 
 @pytest.mark.parametrize("device_kind", GPUS)

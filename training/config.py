@@ -228,9 +228,10 @@ class TrainConfig:
     log_every: int = 10
     """Steps between lines of metrics."""
     mesh: str | None = None
-    """Devices by axis: data=4, data=2,fsdp=2, data=2,tensor=2 or all three. data divides the sequences of a batch; fsdp
-    these and parameters and optimizer state; tensor heads, hidden units and vocabulary. Default: data over all devices
-    if they divide --batch-size, else one device (an error in several processes)."""
+    """Devices by axis: data=4, data=2,fsdp=2, data=2,tensor=2, context=4 or all four. data divides the sequences of a
+    batch; fsdp these and parameters and optimizer state; context the tokens of each sequence, for what is too long for
+    one device; tensor heads, hidden units and vocabulary. Default: data over all devices if they divide --batch-size,
+    else one device (an error in several processes)."""
     parallel: Literal["jit", "pmap"] = "jit"
     """One program over all devices of the mesh, or jax.pmap of one for each (data alone, one process)."""
     distributed: DistributedConfig = DistributedConfig()

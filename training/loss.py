@@ -8,6 +8,7 @@ The total is linear in its cotangent, so where a gradient is wanted the forward 
 of 50304 the logits of 4 x 8192 tokens would take 6.6 GB in float32; a chunk takes one.
 """
 
+import functools
 import math
 
 import jax
@@ -35,11 +36,12 @@ def total_cross_entropy(
         targets: next tokens.
         weights: of each token's loss.
     """
-    return _total(hidden, model.embedding[...].astype(jnp.float32), targets, weights)
+    return _total(model.config.parts, hidden, model.embedding[...].astype(jnp.float32), targets, weights)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _total(
+    parts: int,
     hidden: Float[Array, "B T D"],
     embedding: Float32[Array, "vocab D"],
     targets: Int32[Array, "B T"],
@@ -51,11 +53,12 @@ def _total(
         losses, _, _ = _losses(narrow, *piece[:2])
         return total + jnp.sum(piece[2] * losses), None
 
-    total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), _split(embedding.shape[0], hidden, targets, weights))
+    pieces = _split(parts, embedding.shape[0], hidden, targets, weights)
+    total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), pieces)
     return total
 
 
-def _total_with_gradients(hidden, embedding, targets, weights):
+def _total_with_gradients(parts, hidden, embedding, targets, weights):
     narrow = embedding.astype(hidden.dtype)
     token = jnp.arange(embedding.shape[0], dtype=jnp.int32)
 
@@ -71,13 +74,13 @@ def _total_with_gradients(hidden, embedding, targets, weights):
         return (total + jnp.sum(weights * losses), dembedding), (dhidden, losses)
 
     zeros = jnp.zeros((), jnp.float32), jnp.zeros(embedding.shape, jnp.float32)
-    pieces = _split(embedding.shape[0], hidden, targets, weights)
+    pieces = _split(parts, embedding.shape[0], hidden, targets, weights)
     (total, dembedding), of_tokens = jax.lax.scan(add, zeros, pieces)
-    dhidden, dweights = (_joined(x, targets.shape[1]) for x in of_tokens)
+    dhidden, dweights = (_joined(parts, x, targets.shape[1]) for x in of_tokens)
     return total, (dhidden, dembedding, dweights)
 
 
-def _times_cotangent(gradients, cotangent):
+def _times_cotangent(parts, gradients, cotangent):
     dhidden, dembedding, dweights = ((cotangent * x.astype(jnp.float32)).astype(x.dtype) for x in gradients)
     return dhidden, dembedding, None, dweights
 
@@ -93,23 +96,26 @@ def _losses(embedding, hidden, targets):
     return log_total - chosen, logits, log_total
 
 
-def _split(vocabulary: int, *xs: Array) -> tuple[Array, ...]:
-    """[B T ...] in chunks of the sequence, first axis; what is padded has weight 0."""
-    batch, length = xs[0].shape[:2]
-    chunks = -(-length * batch * vocabulary // _CHUNK_ELEMENTS)
+def _split(parts: int, vocabulary: int, *xs: Array) -> tuple[Array, ...]:
+    """[B T ...] in chunks of the sequence, first axis, each a piece of every part; what is padded has weight 0."""
+    batch, length = xs[0].shape[0], xs[0].shape[1] // parts
+    chunks = -(-length * parts * batch * vocabulary // _CHUNK_ELEMENTS)
     chunk = -(-length // chunks)
     whole = _ROWS // math.gcd(_ROWS, batch)
     chunk = min(length, -(-chunk // whole) * whole)
     pad = -length % chunk
 
     def split(x):
-        padded = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
+        rest = x.shape[2:]
+        padded = jnp.pad(x.reshape(batch, parts, length, *rest), [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * len(rest))
+        pieces = jnp.moveaxis(padded.reshape(batch, parts, -1, chunk, *rest), 2, 0)
+        return pieces.reshape(-1, batch, parts * chunk, *rest)
 
     return tuple(map(split, xs))
 
 
-def _joined(chunks: Array, length: int) -> Array:
+def _joined(parts: int, chunks: Array, length: int) -> Array:
     """The inverse of `_split`."""
-    joined = jnp.moveaxis(chunks, 0, 1)
-    return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :length]
+    _, batch, rows, *rest = chunks.shape
+    pieces = jnp.moveaxis(chunks.reshape(-1, batch, parts, rows // parts, *rest), 0, 2)
+    return pieces.reshape(batch, parts, -1, *rest)[:, :, : length // parts].reshape(batch, length, *rest)

@@ -2,6 +2,7 @@
 
     data     sequences of a batch
     fsdp     sequences, too; and parameters, gradients and optimizer state by their width (arXiv 1910.02054)
+    context  the tokens of each sequence, in a zigzag; keys go round a ring (arXiv 2310.01889)
     tensor   heads, hidden units of the MLP, and the vocabulary (arXiv 1909.08053)
 
 Losses are those of one device, to float32 rounding: batches, hashes and drops are drawn for the whole batch.
@@ -19,12 +20,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.transformer import TransformerConfig
-from sparse_flash_jax.flax.pattern import QK
+from sparse_flash_jax import Context
+from sparse_flash_jax.flax.pattern import QK, Dense
 from training.batches import Shard
 from training.config import TrainConfig
 from training.errors import ConfigError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 
 # By the last names of a parameter's path, which are also those of its moments and its average. Others are whole.
 _DIVISION = {
@@ -72,7 +74,13 @@ class Layout(NamedTuple):
         """The model as it runs on whole batches, wherever they lie."""
         if self.mesh is None or self.pmap:
             return config
-        return dataclasses.replace(config, stream=self._sharding(self._sequence_axes))
+        if self.mesh.shape["context"] == 1:
+            return dataclasses.replace(config, stream=self._sharding(self._sequence_axes))
+        whole = lambda each: isinstance(each, Dense) and each.backend is not None
+        patterns = tuple(dataclasses.replace(each, backend=None) if whole(each) else each for each in config.patterns)
+        context = Context("context", zigzag=True, batch=self._sequence_axes, heads="tensor", mesh=self.mesh)
+        stream = self._sharding(self._sequence_axes, "context")
+        return dataclasses.replace(config, attention=patterns, stream=stream, context=context)
 
     def compiled(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """A jitted training step, which consumes its state."""
@@ -211,6 +219,9 @@ def _check(config: TrainConfig, axes: dict[str, int]) -> None:
         raise ConfigError(f"--parallel pmap takes a mesh of data alone, got {config.mesh}; leave it out for the others")
     sequences = axes.get("data", 1) * axes.get("fsdp", 1)
     key_heads = model.heads if model.key_heads is None else model.key_heads
+    context = axes.get("context", 1)
+    if context > 1:
+        _check_divided_sequences(config, context)
     for name, value, parts in (
         ("--batch-size", batch.size, sequences),
         ("--model.width", model.width, axes.get("fsdp", 1)),
@@ -220,3 +231,19 @@ def _check(config: TrainConfig, axes: dict[str, int]) -> None:
     ):
         if value % parts:
             raise ConfigError(f"--mesh {config.mesh}: {name} {value} cannot be divided by {parts}")
+
+
+def _check_divided_sequences(config: TrainConfig, parts: int) -> None:
+    where = f"--mesh {config.mesh} divides sequences"
+    for name, length in (
+        ("--length", config.batch.length),
+        *(("--evaluation.lengths", length) for length in config.evaluation.lengths),
+    ):
+        if length % (2 * parts):
+            raise ConfigError(
+                f"{where}: {name} {length} cannot be divided by {2 * parts}, twice the devices of context"
+            )
+    if "hash" in config.model.attention and config.model.centred:
+        raise ConfigError(f"{where}: --centred takes means over whole ones; leave it out")
+    if "dense" in config.model.attention and config.model.dense_backend != "sparse_flash":
+        raise ConfigError(f"{where}: --model.dense-backend {config.model.dense_backend} takes whole ones; leave it out")

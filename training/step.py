@@ -218,6 +218,7 @@ def _total_loss(structure, params, tokens, weights, key: PRNGKeyArray, end_token
         segment_ids = None if end_token is None else document_ids(tokens[:, :-1], end_token)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
+    inputs, targets, weights, segment_ids = map(model.config.laid_out, (inputs, targets, weights, segment_ids))
     hidden, layers = model.hidden(inputs, key=key, segment_ids=segment_ids)
     return total_cross_entropy(model, hidden, targets, weights), layers
 

@@ -32,6 +32,7 @@ from sparse_flash_jax.kernels.rows import RowKernels, row_kernels, to_positions,
 from sparse_flash_jax.kernels.tiles import Runs
 from sparse_flash_jax.manual_axes import vary_alike
 from sparse_flash_jax.permute import Permutation, gather, identity, restore
+from sparse_flash_jax.plan import repeat_heads, visible_pairs
 from sparse_flash_jax.rule import Rule
 from sparse_flash_jax.sorting import SortedTokens
 
@@ -80,8 +81,8 @@ def ring_attention(
     queries: SortedTokens,
     keys: SortedTokens,
     ring: Ring,
-) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]:
-    """Returns o and lse of this device's queries over the keys of all, inside `jax.shard_map`; differentiable.
+) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"], Float32[Array, "B N"]]:
+    """Returns o, lse and pairs of this device's queries over the keys of all, in `jax.shard_map`; differentiable.
 
     Args:
         q: this device's part, by position, as are all arrays here.
@@ -92,7 +93,7 @@ def ring_attention(
         ring: the rest.
 
     Returns:
-        o in q's dtype, 0 where a query sees nothing, and lse, natural log, -inf there.
+        o in q's dtype, 0 where a query sees nothing; lse, natural log, -inf there; and how many pairs were visible.
     """
     return _attention(ring, *vary_alike((q, k, v, queries, keys)))
 
@@ -110,24 +111,24 @@ def _forward(ring, q, k, v, queries, keys):
     def visit(step, travelling, sums):
         ids, k, v = travelling
 
-        def attend(o, lse):
+        def attend(o, lse, pairs):
             runs, config = _meeting(ring, step, queries, _received(keys, ids), q, k)
             more = kernels_of(ring.implementation).forward(q, k, v, runs, scale=ring.scale, config=config)
-            return _merged((o, lse), more)
+            return *_merged((o, lse), more), pairs + repeat_heads(visible_pairs(runs), q.shape[1])
 
         return _where_shown(ring, step, attend, sums)
 
-    nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+    nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf, jnp.float32), jnp.zeros(q.shape[:2])
     nothing, _ = vary_alike((nothing, q))
-    o, lse = _go_round(ring, visit, (_ids_to_send(keys), k, v), nothing)
+    o, lse, pairs = _go_round(ring, visit, (_ids_to_send(keys), k, v), nothing)
     (o,) = to_positions((o.astype(q.dtype),), orders[:1], rows)
     o, lse = (checkpoint_name(x, name) for x, name in zip((o, lse), RESIDUAL_NAMES, strict=True))
     lse_by_position = restore(lse[:, :, : ring.query_layout.rows, None], queries.permutation)[..., 0]
-    return (o, lse_by_position), (q, k, v, queries, keys, o, lse)
+    return (o, lse_by_position, pairs), (q, k, v, queries, keys, o, lse)
 
 
 def _backward(ring, residuals, cotangents):
-    (q, k, v, queries, keys, o, lse), (do, dlse) = vary_alike((residuals, cotangents))
+    (q, k, v, queries, keys, o, lse), (do, dlse, _) = vary_alike((residuals, cotangents))
     rows, orders = ring.row_kernels(), _orders(ring, queries, keys)
     do, delta = to_slots_with_delta(do, o, orders[0], rows, whole_slots(ring.implementation))
     dlse = gather(dlse[..., None], queries.permutation)[..., 0]

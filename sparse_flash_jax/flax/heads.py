@@ -3,12 +3,17 @@
 Both Flax modules call `attend`; they differ in how parameters are held, and in nothing of what is computed.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from sparse_flash_jax.attention import sparse_attention
-from sparse_flash_jax.flax.auto import Pattern, is_scored, resolve
+from sparse_flash_jax.context.attention import context_attention
+from sparse_flash_jax.context.divided_plan import DividedPlan
+from sparse_flash_jax.context.division import Context, row_positions
+from sparse_flash_jax.flax.auto import Auto, Pattern, is_scored, resolve
 from sparse_flash_jax.flax.pattern import QK, Dense, Hash, KeepScores
 from sparse_flash_jax.plan import AttentionPlan
 
@@ -46,7 +51,8 @@ def attend(
     scores: KeepScores | None = None,
     scale: float | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T N H"], AttentionPlan]:
+    context: Context | None = None,
+) -> tuple[Float[Array, "B T N H"], AttentionPlan | DividedPlan]:
     """Attention of projected heads under a pattern.
 
     The plan is made before rotary positions are applied: buckets go by content. Where tokens are kept by learned
@@ -60,25 +66,33 @@ def attend(
             rotary positions, segments or scores.
         v: values [B S K H].
         key: PRNG key of hashing or dropping.
-        positions: int32 [B|1 T], for rotary positions; default 0..T-1.
+        positions: int32 [B|1 T], for rotary positions; default 0..T-1, or those of the rows where they are divided.
         rope_base: largest wavelength of rotary positions; None for none.
         segment_ids: int32 [B T], documents.
         scores: of queries and keys, for `QK(scored=True)`; others leave them alone.
         scale: of the scores; default 1 / sqrt(H).
         implementation: as of `sparse_attention`.
+        context: how sequences are divided over devices, and rows with them; None for whole ones.
 
     Returns:
         The heads' outputs [B T N H] and the plan.
     """
+    automatic = isinstance(pattern, Auto)
     pattern = resolve(pattern, q, segment_ids, implementation)
-    plan = pattern.plan(
-        q, q if k is None else k, key=key, segment_ids=segment_ids, scores=scores, implementation=implementation
-    )
-    q, k = place(q, k, positions, rope_base)
+    ids = {"key": key, "segment_ids": segment_ids, "scores": scores, "implementation": implementation}
+    options = {"scale": scale, "implementation": implementation}
     gates = scores if is_scored(pattern) else None
-    if gates is not None:
-        v = _gate(v, gates.key)
-    o = attend_planned(pattern, q, k, v, plan, segment_ids=segment_ids, scale=scale, implementation=implementation)
+    gated = v if gates is None else _gate(v, gates.key)
+    if context is None:
+        plan = pattern.plan(q, q if k is None else k, **ids)
+        q, k = place(q, k, positions, rope_base)
+        o = attend_planned(pattern, q, k, gated, plan, segment_ids=segment_ids, **options)
+    else:
+        if automatic and isinstance(pattern, Dense):
+            pattern = dataclasses.replace(pattern, backend=None)
+        tokens = pattern.tokens(q, q if k is None else k, context, **ids)
+        q, k = place(q, k, row_positions(q, context) if positions is None else positions, rope_base)
+        o, plan = context_attention(q, k, gated, tokens, context, return_plan=True, **options)
     return (o if gates is None else _gate(o, gates.query)), plan
 
 

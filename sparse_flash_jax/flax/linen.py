@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import linen
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
+from sparse_flash_jax.context.divided_plan import DividedPlan
+from sparse_flash_jax.context.division import Context
 from sparse_flash_jax.flax.adapter import attention_fn
 from sparse_flash_jax.flax.auto import Auto, Pattern, is_scored
 from sparse_flash_jax.flax.heads import attend, check_heads
@@ -33,6 +35,7 @@ class SparseSelfAttention(linen.Module):
         kernel_init: of the projections into heads.
         out_kernel_init: of the projection out of them; default kernel_init.
         implementation: as of `sparse_attention`.
+        context: how sequences are divided over devices; inputs then are laid out as it says. None for whole ones.
     """
 
     num_heads: int
@@ -48,6 +51,7 @@ class SparseSelfAttention(linen.Module):
     kernel_init: Callable[..., Array] = linen.initializers.lecun_normal()
     out_kernel_init: Callable[..., Array] | None = None
     implementation: str | None = None
+    context: Context | None = None
 
     @linen.compact
     def __call__(
@@ -58,7 +62,7 @@ class SparseSelfAttention(linen.Module):
         positions: Int32[Array, "#B T"] | None = None,
         segment_ids: Int32[Array, "B T"] | None = None,
         return_plan: bool = False,
-    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], AttentionPlan]:
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], AttentionPlan | DividedPlan]:
         """Attends within a sequence.
 
         Args:
@@ -69,7 +73,7 @@ class SparseSelfAttention(linen.Module):
             return_plan: whether to return the plan too.
 
         Returns:
-            Outputs [B T D], and the plan if asked for.
+            Outputs [B T D], and the plan if asked for; of a divided sequence what can be told of it.
         """
         features = x.shape[-1]
         if self.head_dim is None and features % self.num_heads:
@@ -96,6 +100,7 @@ class SparseSelfAttention(linen.Module):
             scores=scores,
             scale=self.scale,
             implementation=self.implementation,
+            context=self.context,
         )
         out = self._projection(features, "out", axis=(-2, -1), kernel_init=self.out_kernel_init)(o)
         return (out, plan) if return_plan else out

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
+from sparse_flash_jax.context.divided_plan import DividedPlan
+from sparse_flash_jax.context.division import Context
 from sparse_flash_jax.flax.adapter import attention_fn
 from sparse_flash_jax.flax.auto import Auto, Pattern, is_scored
 from sparse_flash_jax.flax.cache import LayerCache, concrete, empty_cache
@@ -39,6 +41,7 @@ class SparseSelfAttention(nnx.Module):
         kernel_init: of the projections into heads.
         out_kernel_init: of the projection out of them; default kernel_init.
         implementation: as of `sparse_attention`.
+        context: how sequences are divided over devices; inputs then are laid out as it says. None for whole ones.
         rngs: for the parameters.
     """
 
@@ -59,6 +62,7 @@ class SparseSelfAttention(nnx.Module):
         kernel_init: Callable[..., Array] = _default_init,
         out_kernel_init: Callable[..., Array] | None = None,
         implementation: str | None = None,
+        context: Context | None = None,
         rngs: nnx.Rngs,
     ):
         if head_dim is None and in_features % num_heads:
@@ -72,6 +76,7 @@ class SparseSelfAttention(nnx.Module):
         self.rope_base = rope_base
         self.scale = scale
         self.implementation = implementation
+        self.context = context
 
         def projection(out_features: tuple[int, ...] | int) -> nnx.LinearGeneral:
             return nnx.LinearGeneral(
@@ -115,7 +120,7 @@ class SparseSelfAttention(nnx.Module):
     @overload
     def __call__(
         self, x: jax.Array, *, key: Any = ..., positions: Any = ..., segment_ids: Any = ..., return_plan: Literal[True]
-    ) -> tuple[jax.Array, AttentionPlan]: ...
+    ) -> tuple[jax.Array, AttentionPlan | DividedPlan]: ...
 
     def __call__(
         self,
@@ -125,7 +130,7 @@ class SparseSelfAttention(nnx.Module):
         positions: Int32[Array, "#B T"] | None = None,
         segment_ids: Int32[Array, "B T"] | None = None,
         return_plan: bool = False,
-    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], AttentionPlan]:
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], AttentionPlan | DividedPlan]:
         """Attends within a sequence.
 
         Args:
@@ -136,7 +141,7 @@ class SparseSelfAttention(nnx.Module):
             return_plan: whether to return the plan too.
 
         Returns:
-            Outputs [B T D], and the plan if asked for.
+            Outputs [B T D], and the plan if asked for; of a divided sequence what can be told of it.
         """
         scores = None
         if self.query_score is not None and self.key_score is not None:
@@ -151,6 +156,7 @@ class SparseSelfAttention(nnx.Module):
             scores=scores,
             scale=self.scale,
             implementation=self.implementation,
+            context=self.context,
         )
         out = self.out(o)
         return (out, plan) if return_plan else out

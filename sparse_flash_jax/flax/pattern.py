@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
+from sparse_flash_jax.context.division import Context, devices, is_divided_already
+from sparse_flash_jax.context.layout import from_zigzag, to_zigzag
+from sparse_flash_jax.context.tokens import Tokens
 from sparse_flash_jax.hashing import hash_sides
 from sparse_flash_jax.patterns import causal, packed, random_keep, top_keep
 from sparse_flash_jax.plan import AttentionPlan
@@ -59,6 +62,27 @@ class Dense:
             return causal(q.shape[1], k.shape[1], window=self.window)
         return packed(segment_ids, window=self.window)
 
+    def tokens(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        context: Context,
+        *,
+        key: PRNGKeyArray | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        scores: KeepScores | None = None,
+        implementation: str | None = None,
+    ) -> Tokens:
+        """Returns what `plan` goes by, for a divided sequence.
+
+        Raises:
+            ValueError: if a backend is named: those take whole sequences.
+        """
+        if self.backend is not None:
+            raise ValueError(f"backend {self.backend!r} takes whole sequences; leave it out for a divided one.")
+        group = None if segment_ids is None else segment_ids[..., None]
+        return Tokens(group, group, window=self.window)
+
 
 @dataclasses.dataclass(frozen=True)
 class Hash:
@@ -104,13 +128,46 @@ class Hash:
         Raises:
             ValueError: if there is no key, or if documents are to be centred, whose means would go across them.
         """
+        buckets = self.hash(q, k, key, documents=segment_ids is not None, implementation=implementation)
+        return self.plan_buckets(*buckets, segment_ids=segment_ids, implementation=implementation)
+
+    def tokens(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        context: Context,
+        *,
+        key: PRNGKeyArray | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        scores: KeepScores | None = None,
+        implementation: str | None = None,
+    ) -> Tokens:
+        """Returns what `plan` goes by, for a divided sequence; its arguments are those of `plan`.
+
+        Raises:
+            ValueError: if there is no key, or buckets are centred: their means would go over all devices.
+        """
+        if self.centred:
+            raise ValueError(f"{self} takes means over whole sequences; leave out centred for a divided one.")
+        buckets = self.hash(q, k, key, documents=segment_ids is not None, implementation=implementation)
+        document = () if segment_ids is None else (segment_ids[..., None],)
+        query_group, key_group = ((*document, bucket) for bucket in buckets)
+        return Tokens(query_group, key_group, exclude_self=self.exclude_self, window=self.window)
+
+    def hash(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        key: PRNGKeyArray | None,
+        *,
+        documents: bool,
+        implementation: str | None,
+    ) -> tuple[Int32[Array, "B T N"], Int32[Array, "B S K"]]:
+        """Returns the buckets of queries and keys."""
         if key is None:
             raise ValueError(f"{self} draws random rotations: pass key=jax.random.key(...), a fresh one each step.")
-        self.check_documents(segment_ids is not None)
-        query_bucket, key_bucket = hash_sides(
-            q, k, self.num_buckets, key, centred=self.centred, implementation=implementation
-        )
-        return self.plan_buckets(query_bucket, key_bucket, segment_ids=segment_ids, implementation=implementation)
+        self.check_documents(documents)
+        return hash_sides(q, k, self.num_buckets, key, centred=self.centred, implementation=implementation)
 
     def check_documents(self, separate: bool) -> None:
         """Raises ValueError where documents are to be separate, and buckets centred."""
@@ -183,23 +240,67 @@ class QK:
         Raises:
             ValueError: if the key, or the scores, are missing.
         """
-        query_count, key_count = (self.kept(x.shape[1]) for x in (q, k))
-        if self.scored:
-            if scores is None:
-                raise ValueError(f"{self} keeps tokens by score: pass scores=KeepScores(query, key).")
-            query_keep, key_keep = top_keep(scores.query, query_count), top_keep(scores.key, key_count)
-        else:
-            if key is None:
-                raise ValueError(f"{self} drops tokens at random: pass key=jax.random.key(...), a fresh one each step.")
-            query_shape, key_shape = ((x.shape[0], x.shape[1], x.shape[2]) for x in (q, k))
-            query_keep, key_keep = self.draw(key, query_shape, key_shape)
+        query_keep, key_keep = self.keep(q, k, key, scores)
         return self.plan_kept(
             query_keep,
             key_keep,
-            capacities=(query_count, key_count),
+            capacities=(self.kept(q.shape[1]), self.kept(k.shape[1])),
             segment_ids=segment_ids,
             implementation=implementation,
         )
+
+    def tokens(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        context: Context,
+        *,
+        key: PRNGKeyArray | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        scores: KeepScores | None = None,
+        implementation: str | None = None,
+    ) -> Tokens:
+        """Returns what `plan` goes by, for a divided sequence: the same tokens are kept as in a whole one.
+
+        Args:
+            q: queries [B T N H]; only its shape counts.
+            k: keys [B S K H]; only its shape counts.
+            context: how rows are laid out, those of the scores as well.
+            key: as of `plan`, like those below.
+            segment_ids: documents [B T].
+            scores: scores of queries and keys.
+            implementation: not used.
+
+        Raises:
+            ValueError: if the key, or the scores, are missing.
+            NotImplementedError: inside of `jax.shard_map` over the sequence, where no device has all the tokens.
+        """
+        if is_divided_already(context):
+            raise NotImplementedError(f"{self} chooses among all tokens of a sequence; call it outside of shard_map.")
+        parts = devices(q, context)
+        if scores is not None and context.zigzag:
+            scores = KeepScores(*(from_zigzag(x, parts) for x in scores))
+        keep = self.keep(q, k, key, scores)
+        query_keep, key_keep = (to_zigzag(x, parts) for x in keep) if context.zigzag else keep
+        group = None if segment_ids is None else segment_ids[..., None]
+        return Tokens(group, group, query_keep, key_keep, window=self.window)
+
+    def keep(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        key: PRNGKeyArray | None,
+        scores: KeepScores | None,
+    ) -> tuple[Bool[Array, "B T N"], Bool[Array, "B S K"]]:
+        """Returns which queries and keys are kept."""
+        if self.scored:
+            if scores is None:
+                raise ValueError(f"{self} keeps tokens by score: pass scores=KeepScores(query, key).")
+            return top_keep(scores.query, self.kept(q.shape[1])), top_keep(scores.key, self.kept(k.shape[1]))
+        if key is None:
+            raise ValueError(f"{self} drops tokens at random: pass key=jax.random.key(...), a fresh one each step.")
+        query_shape, key_shape = ((x.shape[0], x.shape[1], x.shape[2]) for x in (q, k))
+        return self.draw(key, query_shape, key_shape)
 
     def kept(self, length: int) -> int:
         """Tokens that each head keeps of so many."""
