@@ -215,3 +215,77 @@ def top_keep(scores: Float[Array, "B T N"], count: int) -> Bool[Array, "B T N"]:
         raise ValueError(f"count must be at most the length T={scores.shape[1]}, got {count}.")
     by_head = jnp.swapaxes(lax.stop_gradient(scores), 1, 2)
     return jnp.swapaxes(best(by_head, count), 1, 2)
+
+
+def chunked(
+    length: int,
+    chunk: int,
+    causal: bool = True,
+    *,
+    segment_ids: Int32[Array, "B T"] | None = None,
+    query_keep: Bool[Array, "#B T #N"] | None = None,
+    key_keep: Bool[Array, "#B T #K"] | None = None,
+) -> AttentionPlan:
+    """Plans attention within chunks of consecutive positions: `i // chunk == j // chunk`.
+
+    Args:
+        length: T.
+        chunk: positions of a chunk.
+        causal: whether a query sees no later key.
+        segment_ids: int32 [B T], the document of each token.
+        query_keep: bool [B|1 T N|1]; a dropped query outputs 0.
+        key_keep: bool [B|1 T K|1]; a dropped key is seen by nobody.
+
+    Raises:
+        TypeError, ValueError: as `make_plan`; also if a number is not positive.
+    """
+    positive_int("length", length)
+    positive_int("chunk", chunk)
+    return _grouped(jnp.arange(length, dtype=jnp.int32) // chunk, causal, segment_ids, query_keep, key_keep)
+
+
+def dilated(
+    length: int,
+    stride: int,
+    causal: bool = True,
+    *,
+    window: int | None = None,
+    segment_ids: Int32[Array, "B T"] | None = None,
+    query_keep: Bool[Array, "#B T #N"] | None = None,
+    key_keep: Bool[Array, "#B T #K"] | None = None,
+) -> AttentionPlan:
+    """Plans attention to every `stride`-th token: where `i - j` is a multiple of the stride.
+
+    Args:
+        length: T.
+        stride: distance of neighbours.
+        causal: whether a query sees no later key.
+        window: positions that a query looks back, its own included; it then sees window / stride tokens.
+        segment_ids: int32 [B T], the document of each token.
+        query_keep: bool [B|1 T N|1]; a dropped query outputs 0.
+        key_keep: bool [B|1 T K|1]; a dropped key is seen by nobody.
+
+    Raises:
+        TypeError, ValueError: as `make_plan`; also if a number is not positive.
+
+    Source: "Longformer: The Long-Document Transformer", arXiv 2004.05150, dilated sliding windows.
+    """
+    positive_int("length", length)
+    positive_int("stride", stride)
+    return _grouped(
+        jnp.arange(length, dtype=jnp.int32) % stride, causal, segment_ids, query_keep, key_keep, window=window
+    )
+
+
+def _grouped(group, causal, segment_ids, query_keep, key_keep, *, window=None) -> AttentionPlan:
+    """Positions in groups, in documents where there are some."""
+    group = group[None, :, None]
+    groups = (group,) if segment_ids is None else (segment_ids[..., None], group)
+    return make_plan(
+        query_group=groups,
+        key_group=groups,
+        query_keep=query_keep,
+        key_keep=key_keep,
+        causal=causal,
+        window=window,
+    )

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float32, Int32
 
-from sparse_flash_jax.kernels.tiles import Runs
+from sparse_flash_jax.kernels.tiles import BlockLists, Runs
 from sparse_flash_jax.permute import Permutation
 from sparse_flash_jax.stats import PlanStats, plan_stats
 from sparse_flash_jax.validation import positive_int
@@ -94,10 +94,8 @@ class AttentionPlan(NamedTuple):
         Returns:
             bool [B N T S], True where a query sees a key. Axes on which the plan does not depend have size 1.
         """
-        runs = self.runs
-        query_slots, key_slots = runs.k_start.shape[-1], runs.q_start.shape[-1]
-        slot = jnp.arange(key_slots, dtype=jnp.int32)
-        mask = (runs.k_start[..., None] <= slot[None, None, None]) & (slot[None, None, None] < runs.k_stop[..., None])
+        mask = mask_of_runs(self.runs)
+        query_slots, key_slots = mask.shape[2:]
         if self.key_slot is not None:
             index = repeat_heads(self.key_slot, mask.shape[1])[:, :, None]
             mask = jnp.take_along_axis(mask, index, axis=3, mode="clip") & (index < key_slots)
@@ -153,9 +151,44 @@ def repeat_heads(x: Array, heads: int) -> Array:
     return x if x.shape[1] in (1, heads) else jnp.repeat(x, heads // x.shape[1], axis=1)
 
 
+def mask_of_runs(runs: Runs) -> Bool[Array, "B N Tc Sc"]:
+    """Returns which key slots each query slot sees."""
+    slot = jnp.arange(runs.q_start.shape[-1], dtype=jnp.int32)
+    mask = (runs.k_start[..., None] <= slot[None, None, None]) & (slot[None, None, None] < runs.k_stop[..., None])
+    if runs.second is not None:
+        mask = mask | mask_of_runs(runs.second)
+    if runs.blocks is None:
+        return mask
+    lists, query = runs.blocks, jnp.arange(mask.shape[2], dtype=jnp.int32)
+    listed = jnp.arange(lists.key_index.shape[3], dtype=jnp.int32)[None, None, None] < lists.key_count[..., None]
+    block = jnp.arange(lists.query_index.shape[2], dtype=jnp.int32)[None, None, None, None]
+    blocks = jnp.any((lists.key_index[..., None] == block) & listed[..., None], axis=3)
+    mask = mask & blocks[:, :, query // lists.query_block][..., slot // lists.key_block]
+    if lists.kept_keys is None:
+        return mask
+    return mask & (slot % lists.key_block < lists.kept_keys[:, :, slot // lists.key_block])[:, :, None]
+
+
 def visible_pairs(runs: Runs) -> Float32[Array, "B N"]:
     """Returns how many pairs the runs show; axes of size 1 stand for any size."""
-    return jnp.sum((runs.k_stop - runs.k_start).astype(jnp.float32), axis=-1)
+    if runs.blocks is not None:
+        return _pairs_in_blocks(runs, runs.blocks)
+    pairs = jnp.sum((runs.k_stop - runs.k_start).astype(jnp.float32), axis=-1)
+    return pairs if runs.second is None else pairs + visible_pairs(runs.second)
+
+
+def _pairs_in_blocks(runs: Runs, lists: BlockLists) -> Float32[Array, "B N"]:
+    block = jnp.arange(runs.k_start.shape[2], dtype=jnp.int32) // lists.query_block
+    index = lists.key_index[:, :, block]  # [B N T listed]
+    first, size = index * lists.key_block, jnp.int32(lists.key_block)
+    if lists.kept_keys is not None:
+        shape = (max(lists.kept_keys.shape[0], index.shape[0]), *index.shape[1:])
+        kept = jnp.broadcast_to(lists.kept_keys, (shape[0], shape[1], lists.kept_keys.shape[2]))
+        size = jnp.take_along_axis(kept, jnp.broadcast_to(index, shape).reshape(*shape[:2], -1), axis=2).reshape(shape)
+    start, stop = (x[..., None] for x in (runs.k_start, runs.k_stop))
+    pairs = jnp.maximum(jnp.minimum(first + size, stop) - jnp.maximum(first, start), 0)
+    listed = jnp.arange(index.shape[3], dtype=jnp.int32)[None, None, None] < lists.key_count[:, :, block][..., None]
+    return jnp.sum(jnp.where(listed, pairs, 0).astype(jnp.float32), axis=(2, 3))
 
 
 def share_of_causal(pairs: Float32[Array, "B N"], query_length: int, key_length: int) -> Float32[Array, ""]:

@@ -192,7 +192,7 @@ def _plan_axes(queries, keys, lengths, slots) -> AttentionPlan:
         for axes, side, length, capacity in zip(("bn-", "bk-"), (queries, keys), lengths, slots, strict=True)
     )
     groups, _ = queries
-    of_orders, runs = [query_axes] * 2 + [key_axes] * 2, Runs._make(["bn-"] * 4)
+    of_orders, runs = [query_axes] * 2 + [key_axes] * 2, Runs._make([*["bn-"] * 4, None, None])
     return AttentionPlan._make([*of_orders, runs, "bn", "bk", "bk", "bk" if groups else None])
 
 

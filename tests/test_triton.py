@@ -101,11 +101,10 @@ def test_long_tiles_start_first():
     position = np.arange(length)
     bucket = jnp.asarray(np.where(position % 2 == 0, 5, position // 2 % 16), jnp.int32)[None, :, None]
     runs = sfj.hash_sparse(bucket, bucket).runs
-    order = launch.longest_first(
-        runs.k_start, runs.k_stop, Blocks(rows, 16), last_first=True, batch=1, heads=1, group=1
-    )
+    visited = runs.k_stop[..., rows - 1 :: rows] - runs.k_start[..., ::rows]
+    order = launch.longest_first(visited, last_first=True, batch=1, heads=1, group=1)
     assert sorted(order.tolist()) == list(range(length // rows))
-    work = np.asarray(runs.k_stop[0, 0, rows - 1 :: rows] - runs.k_start[0, 0, ::rows])
+    work = np.asarray(visited[0, 0])
     started = work[np.asarray(order)]
     assert started[0] > 2 * work.mean()
     assert (np.diff(np.floor(np.log2(np.maximum(started / work.mean(), 1)))) <= 0).all()
@@ -115,7 +114,6 @@ def test_long_tiles_start_first():
     ("last_first", "expected"), [(True, [3, 2, 1, 0, 7, 6, 5, 4]), (False, [0, 1, 2, 3, 4, 5, 6, 7])]
 )
 def test_even_tiles_stay_head_by_head(last_first, expected):
-    runs = sfj.causal(128).runs
-    options = {"last_first": last_first, "batch": 1, "heads": 2, "group": 1}
-    order = launch.longest_first(runs.k_start, runs.k_stop, Blocks(32, 32), **options)
+    work = jnp.arange(32, 129, 32, dtype=jnp.int32)[None, None]
+    order = launch.longest_first(work, last_first=last_first, batch=1, heads=2, group=1)
     assert order.tolist() == expected

@@ -1,6 +1,7 @@
 """Block sizes: which tiles a kernel works in. Plans know nothing of them, so passes may tile differently."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -69,6 +70,28 @@ class Config[Tile: Blocks | HopperBlocks]:
 
 FUSED_HEAD_DIM = 64
 """The largest that `Config.fused` serves."""
+
+
+def within_blocks[Tile: Blocks | HopperBlocks](config: Config[Tile], query_block: int, key_block: int) -> Config[Tile]:
+    """Returns tiles no larger than those given, of which listed blocks of such sizes are made; for each pass by itself.
+
+    Raises:
+        NotImplementedError: if the kernels have no such tiles.
+    """
+    fit: Any = _fit_hopper if isinstance(config.forward, HopperBlocks) else _fit_blocks
+    forward, dq = (fit(tile, query_block, key_block) for tile in (config.forward, config.dq))
+    return dataclasses.replace(config, forward=forward, dq=dq, dkv=fit(config.dkv, key_block, query_block), fused=False)
+
+
+def _fit_blocks(tile: Blocks, rows: int, columns: int) -> Blocks:
+    return dataclasses.replace(tile, rows=math.gcd(tile.rows, rows), columns=math.gcd(tile.columns, columns))
+
+
+def _fit_hopper(tile: HopperBlocks, rows: int, columns: int) -> HopperBlocks:
+    if rows % 64 or columns % 64:
+        raise NotImplementedError(f"the Hopper kernels take blocks of multiples of 64 tokens, got {rows} x {columns}.")
+    most = next(x for x in range(tile.warpgroups, 0, -1) if rows % (64 * x) == 0)
+    return dataclasses.replace(tile, warpgroups=most, columns=math.gcd(tile.columns, columns))
 
 
 def xla_config(query_slots: int, key_slots: int) -> Config[Blocks]:

@@ -4,6 +4,7 @@ Each is a module of functions `forward`, `backward_dq` and `backward_dkv`, impor
 has `backward` besides, both in one kernel, for a `Config` that is `fused`.
 """
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -64,7 +65,22 @@ def check_implementation(implementation: str | None, dtype: Any, head_dim: int, 
         raise NotImplementedError(f"implementation={implementation!r} {lacks}; use implementation='xla', or None.")
 
 
-def pick_implementation(dtype: Any, head_dim: int, config: Config | None = None) -> str:
+def check_runs(implementation: str, runs: Runs) -> None:
+    """Raises NotImplementedError unless the implementation has tiles of which the listed blocks are made."""
+    lacks = _what_lacks_of_blocks(implementation, runs)
+    if lacks:
+        raise NotImplementedError(f"implementation={implementation!r} {lacks}; use implementation='xla', or None.")
+
+
+def _what_lacks_of_blocks(implementation: str, runs: Runs | None) -> str | None:
+    least = {"mosaic": 64, "triton": 16, "xla": 1}[implementation]
+    if runs is None or runs.blocks is None:
+        return None
+    sizes = runs.blocks.query_block, runs.blocks.key_block
+    return f"takes blocks of multiples of {least} tokens, got {sizes}" if any(x % least for x in sizes) else None
+
+
+def pick_implementation(dtype: Any, head_dim: int, config: Config | None = None, runs: Runs | None = None) -> str:
     """Returns the fastest implementation that can do this on the default device, with these tiles if there are any.
 
     Raises:
@@ -72,7 +88,7 @@ def pick_implementation(dtype: Any, head_dim: int, config: Config | None = None)
     """
     interpret, lacks = config is not None and config.interpret, {}
     for name in (name for name in IMPLEMENTATIONS if _fits(config, name)):
-        lacks[name] = _what_lacks(name, dtype, head_dim, interpret=interpret)
+        lacks[name] = _what_lacks(name, dtype, head_dim, interpret=interpret) or _what_lacks_of_blocks(name, runs)
         if lacks[name] is None:
             return name
     raise NotImplementedError("; ".join(f"implementation={name!r} {lack}" for name, lack in lacks.items()) + ".")
@@ -134,9 +150,10 @@ def default_config(implementation: str, *, dtype: Any, head_dim: int, runs: Runs
         return xla_config(query_slots=runs.k_start.shape[2], key_slots=runs.q_start.shape[2])
     tuned = tuned_config(implementation, dtype, head_dim, long_runs=long_runs)
     if tuned is not None:
-        return tuned
+        return tuned if runs.plain else dataclasses.replace(tuned, fused=False)
     if implementation == "mosaic":
-        return mosaic_config(head_dim, long_runs=long_runs)
+        config = mosaic_config(head_dim, long_runs=long_runs)
+        return config if runs.plain else dataclasses.replace(config, fused=False)
     return triton_config(dtype, head_dim, long_runs=long_runs, capability=_compute_capability())
 
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
-from sparse_flash_jax.kernels.config import Config
+from sparse_flash_jax.kernels.config import Config, within_blocks
 from sparse_flash_jax.kernels.implementations import (
     check_implementation,
+    check_runs,
     default_config,
     kernels_of,
     order_to_write,
@@ -24,7 +25,7 @@ from sparse_flash_jax.kernels.implementations import (
 )
 from sparse_flash_jax.kernels.padding import extend_bounds
 from sparse_flash_jax.kernels.rows import row_kernels, sum_of_products, to_positions, to_slots, to_slots_with_delta
-from sparse_flash_jax.kernels.tiles import Runs
+from sparse_flash_jax.kernels.tiles import LOWEST, Runs
 from sparse_flash_jax.manual_axes import vary_alike
 from sparse_flash_jax.partitioning import by_batch_and_head
 from sparse_flash_jax.permute import Permutation, identity
@@ -35,8 +36,8 @@ RESIDUAL_NAMES = ("sparse_attention_o", "sparse_attention_lse")
 ROWS_NAME = "sparse_attention_rows"
 """`checkpoint_name` of q, k and v by slot: a remat policy that saves them, too, does not move them twice."""
 
-# Axes of q, k and v, and of runs, as `by_batch_and_head` has them.
-_BY_POSITION, _BY_SLOT, _RUNS = ("b-n-", "b-k-", "b-k-"), ("bn--", "bk--", "bk--"), Runs._make(["bn-"] * 4)
+# Axes of q, k and v as `by_batch_and_head` has them.
+_BY_POSITION, _BY_SLOT = ("b-n-", "b-k-", "b-k-"), ("bn--", "bk--", "bk--")
 
 
 def interval_attention(
@@ -115,9 +116,15 @@ def permuted_attention(
 
 def _call(q, k, v, runs, orders, *, scale, implementation, config, long_runs):
     check_implementation(implementation, q.dtype, q.shape[-1], config)
-    implementation = pick_implementation(q.dtype, q.shape[-1], config) if implementation is None else implementation
+    if implementation is None:
+        implementation = pick_implementation(q.dtype, q.shape[-1], config, runs)
+    check_runs(implementation, runs)
     if config is None:
         config = default_config(implementation, dtype=q.dtype, head_dim=q.shape[-1], runs=runs, long_runs=long_runs)
+    elif config.fused and not runs.plain:
+        raise ValueError("config.fused takes plans of one run for each query, without blocks; leave fused out.")
+    if runs.blocks is not None:
+        config = within_blocks(config, runs.blocks.query_block, runs.blocks.key_block)
     if orders is not None and row_kernels(implementation, interpret=config.interpret) is not None:
         # Kernels change the layout as they move rows, several arrays a launch, though slots be positions.
         orders = tuple(identity(x.shape[1]) if side is None else side for x, side in zip((q, k), orders, strict=True))
@@ -154,7 +161,8 @@ def _to_slots(q, k, v, orders, rows, whole):
 def _extended(runs: Runs, q: Float[Array, "B N T H"], k: Float[Array, "B K S H"]) -> Runs:
     """Returns runs for as many slots as there are rows; those past the last see nothing."""
     of_queries = extend_bounds(runs.k_start, runs.k_stop, q.shape[2])
-    return Runs(*of_queries, *extend_bounds(runs.q_start, runs.q_stop, k.shape[2]))
+    of_keys = extend_bounds(runs.q_start, runs.q_stop, k.shape[2])
+    return Runs(*of_queries, *of_keys, None if runs.second is None else _extended(runs.second, q, k), runs.blocks)
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7))
@@ -170,7 +178,7 @@ def _attend(q, k, v, runs, orders, scale, implementation, config):
             (o,) = to_positions((o,), orders[:1], row_kernels(implementation, interpret=config.interpret))
         return o, lse[..., : runs.k_start.shape[2]]
 
-    axes = *_BY_SLOT, _RUNS, _letters(orders)
+    axes = *_BY_SLOT, _runs_letters(runs), _letters(orders)
     results, divisible = (_o_letters(orders), "bn-"), not config.interpret
     return by_batch_and_head(attend, (q, k, v, runs, orders), axes, results, divisible=divisible)
 
@@ -180,7 +188,7 @@ def _backward(scale, implementation, config, residuals, cotangents):
     q, k, v, runs, orders, o, lse = residuals
     operands = q, k, v, runs, orders, o, lse, *cotangents
     o_letters, by = _o_letters(orders), _BY_SLOT if orders is None else _BY_POSITION
-    axes = *_BY_SLOT, _RUNS, _letters(orders), o_letters, "bn-", o_letters, "bn-"
+    axes = *_BY_SLOT, _runs_letters(runs), _letters(orders), o_letters, "bn-", o_letters, "bn-"
     gradients = functools.partial(_gradients, scale, implementation, config)
     divisible = not config.interpret
     return *by_batch_and_head(gradients, operands, axes, by, summed=True, divisible=divisible), None, None
@@ -196,6 +204,9 @@ def _gradients(scale, implementation, config, q, k, v, runs, orders, o, lse, do,
         runs, lse, dlse = _extended(runs, q, k), jnp.pad(lse, past), jnp.pad(dlse, past)
     # d lse / d s is p, as is d o / d s up to the row's mean, so lse's cotangent joins delta.
     delta = delta - dlse
+    if runs.blocks is not None:
+        # Within a listed block keys may be shown queries that see nothing: whose p must be 0, not exp of infinity.
+        lse = jnp.where(jnp.isneginf(lse), -LOWEST, lse)
     kernels, operands = kernels_of(implementation), (q, k, v, runs, lse, do, delta)
     written = (None, None)
     if orders is not None and not config.fused:
@@ -209,6 +220,11 @@ def _gradients(scale, implementation, config, q, k, v, runs, orders, o, lse, do,
     if orders is not None and written == (None, None):
         dq, dk, dv = to_positions((dq, dk, dv), (orders[0], orders[1], orders[1]), rows)
     return dq, dk, dv
+
+
+def _runs_letters(runs: Runs) -> Runs:
+    """The axes of runs, as `by_batch_and_head` has them."""
+    return jax.tree.map(lambda x: "bn" + "-" * (x.ndim - 2), runs)
 
 
 def _o_letters(orders: Any) -> str:

@@ -3,10 +3,12 @@
 Decides which tiles a kernel visits and which of those need a mask. Knows nothing of where the runs come from.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32
@@ -21,12 +23,39 @@ FLOOR = LOWEST / 2
 """Where the running maximum of a row may start: hidden scores lie so far below it that exp2 of the difference is 0."""
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("key_index", "key_count", "query_index", "query_count", "kept_keys"),
+    meta_fields=("query_block", "key_block"),
+)
+@dataclasses.dataclass(frozen=True)
+class BlockLists:
+    """Which blocks of keys each block of queries sees something of, said twice; pairs outside of them are hidden.
+
+    Queries that have no listed block have empty runs, and so have keys. Axes are those of `Runs`.
+    """
+
+    key_index: Int32[Array, "B N blocks listed"]
+    """Blocks of keys that each block of queries sees, in increasing order; what follows does not count."""
+    key_count: Int32[Array, "B N blocks"]
+    """How many those are."""
+    query_index: Int32[Array, "B N blocks listed"]
+    """Blocks of queries that see each block of keys, likewise."""
+    query_count: Int32[Array, "B N blocks"]
+    kept_keys: Int32[Array, "B N blocks"] | None
+    """Keys of each block that are kept, in its first slots; None where all are."""
+    query_block: int
+    """Slots of a block of queries; static."""
+    key_block: int
+    """Slots of a block of keys; static."""
+
+
 class Runs(NamedTuple):
     """The visible pairs of slots, said twice: by query and by key.
 
-    All four arrays are int32 and non-decreasing along their last axis; no start is past its stop, and an empty run has
-    `start == stop`. The batch axis is B or 1. The head axis may be any divisor A of the number of query heads N: query
-    head n reads row n // (N // A).
+    The first four arrays are int32; no start is past its stop, and an empty run has `start == stop`. The batch axis is
+    B or 1. The head axis may be any divisor A of the number of query heads N: query head n reads row n // (N // A).
+    Bounds are non-decreasing along their last axis, unless there is a second run or are block lists.
     """
 
     k_start: Int32[Array, "B N T"]
@@ -37,6 +66,15 @@ class Runs(NamedTuple):
     """First query slot that sees the key in each slot."""
     q_stop: Int32[Array, "B N S"]
     """One past the last query slot that sees the key in each slot."""
+    second: "Runs | None" = None
+    """Further pairs, none of which is among those of the first runs."""
+    blocks: BlockLists | None = None
+    """Blocks outside of which nothing is visible, not together with second runs."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether these four arrays say it all."""
+        return self.second is None and self.blocks is None
 
 
 class TileRange(NamedTuple):

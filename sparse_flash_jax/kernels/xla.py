@@ -7,16 +7,19 @@ for each batch entry, head and block of rows:            one writer per output t
         backward  p = exp(s - lse), ds = p (do v^T - delta), into dq or (dk, dv)
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from sparse_flash_jax.kernels import walks
 from sparse_flash_jax.kernels.config import Blocks, Config
-from sparse_flash_jax.kernels.tiles import LOWEST, Runs, sweep, tile_range
+from sparse_flash_jax.kernels.tiles import LOWEST, Runs, TileRange, sweep, tile_range
 
 
 def forward(
@@ -34,13 +37,12 @@ def forward(
     k, v = (_columns(x, block.columns) for x in (k, v))
 
     def tile(operands):
-        q, start, stop, head = operands
+        q, seen, head = operands
 
-        def step(j, carry, *, masked):
+        def step(j, carry, *, visible):
             top, total, o = carry
             kj, vj = (_block(x, head, j, block.columns) for x in (k, v))  # [columns, H]
             s = scale * _dot("rh,ch->rc", q, kj)
-            visible = _visible(start, stop, j, block.columns) if masked else None
             s = _where(visible, s, LOWEST)
             new_top = jnp.maximum(top, jnp.max(s, axis=1))
             p = _where(visible, jnp.exp(s - new_top[:, None]), 0.0)
@@ -49,14 +51,14 @@ def forward(
             return new_top, total * keep + jnp.sum(p, axis=1), o
 
         zeros = jnp.zeros_like(q, dtype=jnp.float32)
-        top, total, o = _sweep(step, start, stop, block.columns, (zeros[:, 0] + LOWEST, zeros[:, 0], zeros))
+        top, total, o = seen.sweep(step, block.columns, (zeros[:, 0] + LOWEST, zeros[:, 0], zeros))
         some = total > 0
         o = o / jnp.where(some, total, 1.0)[:, None]
         return o.astype(q.dtype), jnp.where(some, top + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
 
-    bounds = (_bound_rows(x, (batch, heads), block.rows) for x in (runs.k_start, runs.k_stop))
+    seen = _seen(walks.of_queries(runs), (batch, heads), block)
     key_head = _key_heads(batch, heads, k.shape[0] // batch, -(-length // block.rows))
-    o, lse = lax.map(tile, (_rows(q, block.rows), *bounds, key_head))
+    o, lse = lax.map(tile, (_rows(q, block.rows), seen, key_head))
     return _unrows(o, batch, heads, length), _unrows(lse, batch, heads, length)
 
 
@@ -78,22 +80,22 @@ def backward_dq(
     k, v = (_columns(x, block.columns) for x in (k, v))
 
     def tile(operands):
-        q, lse, do, delta, start, stop, head = operands
+        q, lse, do, delta, seen, head = operands
 
-        def step(j, dq, *, masked):
+        def step(j, dq, *, visible):
             kj, vj = (_block(x, head, j, block.columns) for x in (k, v))  # [columns, H]
             p = jnp.exp(scale * _dot("rh,ch->rc", q, kj) - lse[:, None])
             ds = p * (_dot("rh,ch->rc", do, vj) - delta[:, None])
-            ds = _where(_visible(start, stop, j, block.columns) if masked else None, ds, 0.0)
+            ds = _where(visible, ds, 0.0)
             return dq + _dot("rc,ch->rh", ds.astype(kj.dtype), kj)
 
-        dq = _sweep(step, start, stop, block.columns, jnp.zeros_like(q, dtype=jnp.float32))
+        dq = seen.sweep(step, block.columns, jnp.zeros_like(q, dtype=jnp.float32))
         return (scale * dq).astype(q.dtype)
 
     rows = (_rows(x, block.rows) for x in (q, lse, do, delta))
-    bounds = (_bound_rows(x, (batch, heads), block.rows) for x in (runs.k_start, runs.k_stop))
+    seen = _seen(walks.of_queries(runs), (batch, heads), block)
     key_head = _key_heads(batch, heads, k.shape[0] // batch, -(-length // block.rows))
-    return _unrows(lax.map(tile, (*rows, *bounds, key_head)), batch, heads, length)
+    return _unrows(lax.map(tile, (*rows, seen, key_head)), batch, heads, length)
 
 
 def backward_dkv(
@@ -115,12 +117,11 @@ def backward_dkv(
     q, lse, do, delta = (_columns(x, block.columns) for x in (q, lse, do, delta))
 
     def tile(operands):
-        k, v, start, stop, head = operands  # rows are keys; start and stop are [group, rows]
+        k, v, seen, head = operands  # rows are keys; what they see is [group, ...]
 
-        def step(i, carry, *, member, masked):
+        def step(i, carry, *, member, visible):
             dk, dv = carry
             qi, lse_i, do_i, delta_i = (_block(x, head + member, i, block.columns) for x in (q, lse, do, delta))
-            visible = _visible(start[member], stop[member], i, block.columns) if masked else None
             p = jnp.exp(scale * _dot("rh,ch->rc", k, qi) - lse_i[None])
             p = _where(visible, p, 0.0)
             ds = _where(visible, p * (_dot("rh,ch->rc", v, do_i) - delta_i[None]), 0.0)
@@ -128,35 +129,104 @@ def backward_dkv(
             return dk, dv + _dot("rc,ch->rh", p.astype(do_i.dtype), do_i)
 
         def of_member(member, carry):
-            return _sweep(functools.partial(step, member=member), start[member], stop[member], block.columns, carry)
+            of_head = jax.tree.map(lambda x: x[member], seen)
+            return of_head.sweep(functools.partial(step, member=member), block.columns, carry)
 
         zeros = jnp.zeros_like(k, dtype=jnp.float32)
         dk, dv = lax.fori_loop(0, group, of_member, (zeros, zeros))
         return (scale * dk).astype(k.dtype), dv.astype(v.dtype)
 
     tiles = -(-length // block.rows)
-    bounds = (
-        _bound_rows(x, (batch, heads), block.rows)
-        .reshape(batch, key_heads, group, tiles, block.rows)
-        .swapaxes(2, 3)
-        .reshape(batch * key_heads * tiles, group, block.rows)
-        for x in (runs.q_start, runs.q_stop)
+    # [batch * heads * tiles, ...] -> [batch * key heads * tiles, group, ...]
+    of_group = lambda x: (
+        x.reshape(batch * key_heads, group, tiles, *x.shape[1:]).swapaxes(1, 2).reshape(-1, group, *x.shape[1:])
     )
+    seen = jax.tree.map(of_group, _seen(walks.of_keys(runs), (batch, heads), block))
     first_head = jnp.repeat(jnp.arange(batch * key_heads, dtype=jnp.int32) * group, tiles)
-    dk, dv = lax.map(tile, (_rows(k, block.rows), _rows(v, block.rows), *bounds, first_head))
+    dk, dv = lax.map(tile, (_rows(k, block.rows), _rows(v, block.rows), seen, first_head))
     return _unrows(dk, batch, key_heads, length), _unrows(dv, batch, key_heads, length)
 
 
-def _sweep(step: Callable, start: Int32[Array, " rows"], stop: Int32[Array, " rows"], columns: int, carry: Any) -> Any:
-    """Runs `step(tile, carry, masked=...)` over the tiles that the rows touch."""
-    return sweep(step, tile_range(start[0], stop[0], start[-1], stop[-1], columns), carry)
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("start", "stop", "second", "steps", "index", "limit"),
+    meta_fields=("split",),
+)
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What the rows of a tile see; arrays have the tiles in front, until `lax.map` takes them apart."""
+
+    start: Int32[Array, "*tiles rows"]
+    stop: Int32[Array, "*tiles rows"]
+    second: tuple[Int32[Array, "*tiles rows"], Int32[Array, "*tiles rows"]] | None
+    steps: Int32[Array, "*tiles 6"] | None
+    """These and those below as in `walks.Walk`; None of one run alone."""
+    index: Int32[Array, "*tiles listed"] | None
+    limit: Int32[Array, "*tiles blocks"] | None
+    split: int
+
+    def sweep(self, step: Callable, columns: int, carry: Any) -> Any:
+        """Runs `step(tile, carry, visible=...)` over the tiles that the rows touch, of so many columns."""
+        steps, index = self.steps, self.index
+        if steps is None:
+            tiles, tile_at = (
+                tile_range(self.start[0], self.stop[0], self.start[-1], self.stop[-1], columns),
+                lambda i: i,
+            )
+        else:
+            listed = None if index is None else lambda i: index[i]
+            tiles, tile_at = TileRange(*steps[:4]), lambda i: walks.tile_at(i, lambda x: steps[x], listed, self.split)
+
+        def at(i, carry, *, masked):
+            tile = tile_at(i)
+            return step(tile, carry, visible=self._visible(tile, columns) if masked else None)
+
+        return sweep(at, tiles, carry)
+
+    def _visible(self, tile: Int32[Array, ""], columns: int) -> Bool[Array, "rows columns"]:
+        column = tile * columns + jnp.arange(columns, dtype=jnp.int32)[None]
+        runs = ((self.start, self.stop),) if self.second is None else ((self.start, self.stop), self.second)
+        visible = functools.reduce(
+            jnp.logical_or, ((start[:, None] <= column) & (column < stop[:, None]) for start, stop in runs)
+        )
+        if self.limit is None:
+            return visible
+        block = tile // self.split
+        return visible & (column < block * self.split * columns + self.limit[block])
 
 
-def _visible(
-    start: Int32[Array, " rows"], stop: Int32[Array, " rows"], tile: Int32[Array, ""], columns: int
-) -> Bool[Array, "rows columns"]:
-    column = tile * columns + jnp.arange(columns, dtype=jnp.int32)[None]
-    return (start[:, None] <= column) & (column < stop[:, None])
+def _seen(side: walks.Side, axes: tuple[int, int], block: Blocks) -> _Seen:
+    """What each tile of rows sees, for each batch entry and head."""
+
+    def of_tiles(x: Array, tiles: Int32[Array, " tiles"] | None = None) -> Array:
+        """[b a tiles ...] -> [B * N * tiles, ...]; of blocks, those that the tiles are in."""
+        x = x if tiles is None else x[:, :, tiles]
+        x = jnp.broadcast_to(jnp.repeat(x, axes[1] // x.shape[1], axis=1), (*axes, *x.shape[2:]))
+        return x.reshape(-1, *x.shape[3:])
+
+    bounds = [_bound_rows(x, axes, block.rows) for x in (side.start, side.stop, *(side.second or ()))]
+    second = None if side.second is None else (bounds[2], bounds[3])
+    if side.plain:
+        return _Seen(bounds[0], bounds[1], None, None, None, None, 1)
+    steps, index = walks.walk_of(side, block.rows, block.columns)
+    tiles = jnp.arange(steps.shape[2], dtype=jnp.int32)
+    of_rows, of_columns = side.blocks
+    if index is None:
+        return _Seen(bounds[0], bounds[1], second, of_tiles(steps), None, None, 1)
+    limit = (
+        None
+        if side.limit is None
+        else jnp.broadcast_to(side.limit[:, :, None], (*side.limit.shape[:2], len(tiles), side.limit.shape[2]))
+    )
+    return _Seen(
+        bounds[0],
+        bounds[1],
+        None,
+        of_tiles(steps),
+        of_tiles(index, tiles * block.rows // of_rows),
+        None if limit is None else of_tiles(limit),
+        of_columns // block.columns,
+    )
 
 
 def _where(visible: Bool[Array, "rows columns"] | None, x: Float32[Array, "rows columns"], hidden: float):

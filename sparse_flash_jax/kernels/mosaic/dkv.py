@@ -45,8 +45,8 @@ from sparse_flash_jax.kernels.mosaic.products import (
     BY_COLUMN,
     LAYOUT,
     afresh,
-    hide,
-    load_rows,
+    hide_unseen,
+    load_bounds,
     multiply,
     product,
     spread_columns,
@@ -54,11 +54,11 @@ from sparse_flash_jax.kernels.mosaic.products import (
 from sparse_flash_jax.kernels.mosaic.program import NARROW, WARPGROUP_ROWS, Program, Shapes
 from sparse_flash_jax.kernels.padding import extend_bounds
 from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, sweep
+from sparse_flash_jax.kernels.walks import Side, of_keys
 
 
 def _dkv_kernel(
-    q_start,
-    q_stop,
+    bounds,
     order,
     k,
     v,
@@ -96,9 +96,8 @@ def _dkv_kernel(
             plgpu.copy_gmem_to_smem(v.at[b, head, rows], v_tile.at[own], rows_ready.at[own])
 
     def look(r, member):
-        seen = (*program.bounds(q_start, member), program.rows(r))
-        visit = program.visit(r, q_start, q_stop, member, together=sums_of_dq is not None)
-        return visit, *(load_rows(ref.at[*seen]) for ref in (q_start, q_stop))
+        visit = program.visit(r, bounds, member, together=sums_of_dq is not None)
+        return visit, load_bounds(bounds, program, r, member)
 
     def compute(turns, r, ahead, taken):
         own = program.own(r)
@@ -112,7 +111,8 @@ def _dkv_kernel(
         absent = jnp.where(program.past_the_end(r), -LOWEST, 0.0) if may_be_past else None
 
         def of_member(sums, member, taken):
-            visit, start, stop = look(r, member) if ahead is None else ahead
+            visit, edges = look(r, member) if ahead is None else ahead
+            tile_at = program.tile_at(r, bounds, member)
             slot = lambda j: afresh(program.slot(taken + j - visit.start))
             by_column = lambda ring, j: plgpu.load(ring.at[slot(j)], layout=BY_COLUMN)
 
@@ -131,7 +131,8 @@ def _dkv_kernel(
                 s = plgpu.wgmma_accumulator_load(s_ref, wait_n=behind)
                 lse_row = by_column(lse_ring, j) if absent is None else by_column(lse_ring, j) + absent
                 s = s * (scale * LOG2E) - spread_columns(lse_row, tile)
-                return jnp.exp2(hide(s, LOWEST, start, stop, j * block.columns, masked))
+                first = tile_at(j) * block.columns if masked else None
+                return jnp.exp2(hide_unseen(s, LOWEST, edges, first, None, masked))
 
             def gradient(p, dp_ref, j, behind):
                 """ds of a step, `behind` products issued after that of dp."""
@@ -201,14 +202,14 @@ def _dkv_kernel(
             for source, ring, ready in streams:
                 plgpu.copy_gmem_to_smem(source.at[b, n, columns], ring.at[buffer], ready.at[buffer])
 
-        load_columns(program, lambda r, member: program.columns(r, q_start, q_stop, member), [Feed(free, load)])
+        load_columns(program, bounds, [Feed(free, load)])
 
     look_ahead = lambda r: look(r, 0) if shapes.members == 1 else None
     copies = len(parts) if order is None else 0
     computing = lambda: compute_tiles(program, turn, fetch, look_ahead, compute, copies)
     if sums_of_dq is None:
         return compute_and_load(block, computing, loading)
-    summing = functools.partial(sum_dq, program, q_start, q_stop, k_tile, sums_of_dq, stage)
+    summing = functools.partial(sum_dq, program, bounds, k_tile, sums_of_dq, stage)
     return compute_sum_and_load(block.warpgroups, computing, summing, loading)
 
 
@@ -291,13 +292,13 @@ def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, config, order=None):
         like["q"] = jax.ShapeDtypeStruct((programs * q.shape[0], *q.shape[1:]), jnp.float32)
         beside = heads_beside(k.shape[1], q.shape[2], head_dim)
         scratch = (*scratch, *sums_scratch(block, head_dim, k.dtype))
-    start, stop = runs.q_start, runs.q_stop
+    side = of_keys(runs)
     if "q" in parts:
         # Keys past the end must see nothing: what they add to dq would be infinity times zero where scores are low.
-        start, stop = extend_bounds(start, stop, pl.cdiv(k.shape[2], WARPGROUP_ROWS) * WARPGROUP_ROWS)
+        side = Side(*extend_bounds(side.start, side.stop, pl.cdiv(k.shape[2], WARPGROUP_ROWS) * WARPGROUP_ROWS))
     outputs = launch(
         functools.partial(_dkv_kernel, parts=parts),
-        (start, stop),
+        side,
         order,
         (k, v),
         (q, do, lse * LOG2E, delta),

@@ -24,14 +24,22 @@ from sparse_flash_jax.kernels.mosaic.launch import (
 )
 from sparse_flash_jax.kernels.mosaic.outputs import store
 from sparse_flash_jax.kernels.mosaic.pipeline import Stream, compute_and_load, compute_tiles, load_keys, pass_keys
-from sparse_flash_jax.kernels.mosaic.products import afresh, hide, load_rows, multiply, product, spread_rows
+from sparse_flash_jax.kernels.mosaic.products import (
+    afresh,
+    hide_unseen,
+    load_bounds,
+    load_rows,
+    multiply,
+    product,
+    spread_rows,
+)
 from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Program, Shapes
 from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, sweep
+from sparse_flash_jax.kernels.walks import of_queries
 
 
 def _dq_kernel(
-    k_start,
-    k_stop,
+    bounds,
     order,
     q,
     do,
@@ -69,12 +77,11 @@ def _dq_kernel(
 
     def look(r):
         rows = program.rows(r)
-        bounds = (ref.at[*program.bounds(k_start, 0), rows] for ref in (k_start, k_stop))
-        refs = (*bounds, lse.at[b, n, rows], delta.at[b, n, rows])
-        return program.visit(r, k_start, k_stop), *map(load_rows, refs)
+        edges = load_bounds(bounds, program, r)
+        return program.visit(r, bounds), edges, load_rows(lse.at[b, n, rows]), load_rows(delta.at[b, n, rows])
 
     def compute(turns, r, seen, taken):
-        visit, start, stop, lse_row, delta_row = seen
+        (visit, edges, lse_row, delta_row), tile_at = seen, program.tile_at(r, bounds)
         own = program.own(r)
         slot = lambda j: afresh(program.slot(taken + j - visit.start))
         plgpu.barrier_wait(rows_ready.at[own])
@@ -92,7 +99,11 @@ def _dq_kernel(
                 turns.give()
                 s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
                 s = s * (scale * LOG2E) - spread_rows(lse_row, tile)
-                p = jnp.exp2(hide(s, LOWEST, start, stop, j * block.columns, masked))
+                if masked:
+                    column_tile = tile_at(j)
+                    first, limit = column_tile * block.columns, program.limit(bounds, column_tile)
+                    s = hide_unseen(s, LOWEST, edges, first, limit, masked)
+                p = jnp.exp2(s)
                 dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=0)
                 plgpu.barrier_arrive(v_free.at[slot(j)])
                 return (p * (dp - spread_rows(delta_row, tile))).astype(dtype)
@@ -116,7 +127,7 @@ def _dq_kernel(
     compute_and_load(
         block,
         lambda: compute_tiles(program, turn, fetch, look, compute, copies=1 if order is None else 0),
-        lambda: load_keys(program, k_start, k_stop, streams),
+        lambda: load_keys(program, bounds, streams),
     )
 
 
@@ -142,7 +153,7 @@ def backward_dq(
     turn = plgpu.Barrier(num_barriers=block.warpgroups)
     (dq,) = launch(
         _dq_kernel,
-        (runs.k_start, runs.k_stop),
+        of_queries(runs),
         order,
         (q, do, lse * LOG2E, delta),
         (k, v),

@@ -23,6 +23,7 @@ from sparse_flash_jax.kernels.mosaic.pipeline import Role, over_members, split_r
 from sparse_flash_jax.kernels.mosaic.products import afresh, multiply, product
 from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Program
 from sparse_flash_jax.kernels.tiles import TileRange
+from sparse_flash_jax.kernels.walks import Bounds
 
 DS_STAGES = 3
 """Blocks of ds on their way to the warpgroup that sums dq."""
@@ -119,13 +120,13 @@ class Order:
     their numbers CUDA does not promise, but GPUs do; else one could wait for a program that has no place to run.
     """
 
-    def __init__(self, program: Program, visited: TileRange, q_start: Any, q_stop: Any, member: Any, counters: Any):
+    def __init__(self, program: Program, visited: TileRange, bounds: Bounds, member: Any, counters: Any):
         shapes, tile = program.shapes, program.tile(0)
         spans = pl.cdiv(shapes.column_tiles, SPAN)
         head = program.head * shapes.members + member
         self._counters, self._first = counters, (program.batch * shapes.heads + head) * spans
         neighbour = lambda i: lax.clamp(jnp.int32(0), tile + i, program.row_tiles - 1)
-        self._before, self._after = (program.columns_of(neighbour(i), q_start, q_stop, member) for i in (1, -1))
+        self._before, self._after = (program.columns_of(neighbour(i), bounds, member) for i in (1, -1))
         self._own = visited
         self._is_first, self._is_last = tile == program.row_tiles - 1, tile == 0
         self._done, self._tiles = program.row_tiles - tile, program.row_tiles
@@ -174,7 +175,7 @@ def counters(program: Program, batch: int) -> Any:
     return pl.get_global(plgpu.SemaphoreType.REGULAR((batch * shapes.heads * pl.cdiv(shapes.column_tiles, SPAN),)))
 
 
-def sum_dq(program: Program, q_start: Any, q_stop: Any, k_tile: Any, sums: DqSums, stage: Any) -> None:
+def sum_dq(program: Program, bounds: Bounds, k_tile: Any, sums: DqSums, stage: Any) -> None:
     """Adds dq of all queries that the program's keys are seen by, step by step.
 
     The interpreter knows neither counters nor sums by copies: there dq has the sums of each program by themselves.
@@ -184,8 +185,8 @@ def sum_dq(program: Program, q_start: Any, q_stop: Any, k_tile: Any, sums: DqSum
     counted = None if interpreted else counters(program, batch)
 
     def of_member(member: Any, taken: Any) -> Any:
-        visited = program.columns(0, q_start, q_stop, member)
-        order = None if interpreted else Order(program, visited, q_start, q_stop, member, counted)
+        visited = program.columns(0, bounds, member)
+        order = None if interpreted else Order(program, visited, bounds, member, counted)
 
         @pl.loop(visited.start, visited.stop)
         def _(j):

@@ -32,19 +32,19 @@ from sparse_flash_jax.kernels.mosaic.products import (
     BY_ROW,
     LAYOUT,
     afresh,
-    hide,
-    load_rows,
+    hide_unseen,
+    load_bounds,
     multiply,
     product,
     spread_rows,
 )
 from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Program, Shapes, after_first
 from sparse_flash_jax.kernels.tiles import FLOOR, LOG2E, LOWEST, Runs, sweep
+from sparse_flash_jax.kernels.walks import of_queries
 
 
 def _kernel(
-    k_start,
-    k_stop,
+    bounds,
     order,
     q,
     k,
@@ -81,17 +81,21 @@ def _kernel(
         plgpu.copy_gmem_to_smem(q.at[b, n, program.rows(r)], q_tile.at[own], q_ready.at[own])
 
     def look(r):
-        seen = (*program.bounds(k_start, 0), program.rows(r))
-        return program.visit(r, k_start, k_stop), *(load_rows(ref.at[*seen]) for ref in (k_start, k_stop))
+        return program.visit(r, bounds), load_bounds(bounds, program, r)
 
     def compute(turns, r, seen, taken):
-        visit, start, stop = seen
+        (visit, edges), tile_at = seen, program.tile_at(r, bounds)
         own = program.own(r)
         slot = lambda j: afresh(program.slot(taken + j - visit.start))
         plgpu.barrier_wait(q_ready.at[own])
 
         def softmax(s, top, total, j, masked):
-            s = hide(s if late else s * factor, LOWEST / left, start, stop, j * block.columns, masked)
+            if masked:
+                column_tile = tile_at(j)
+                first, limit = column_tile * block.columns, program.limit(bounds, column_tile)
+                s = hide_unseen(s if late else s * factor, LOWEST / left, edges, first, limit, masked)
+            elif not late:
+                s = s * factor
             new_top = jnp.maximum(top, s.max(axis=1) * left)
             p = jnp.exp2(s * left - spread_rows(new_top, tile))
             keep = jnp.exp2(top - new_top)
@@ -193,7 +197,7 @@ def _kernel(
     compute_and_load(
         block,
         lambda: compute_tiles(program, turn, fetch, look, compute, copies=2 if order is None else 1),
-        lambda: load_keys(program, k_start, k_stop, streams),
+        lambda: load_keys(program, bounds, streams),
     )
 
 
@@ -223,7 +227,7 @@ def forward(
     ring = buffers(block.num_stages, block.columns, head_dim, q.dtype)
     o, lse = launch(
         _kernel,
-        (runs.k_start, runs.k_stop),
+        of_queries(runs),
         order,
         (q,),
         (k, v),

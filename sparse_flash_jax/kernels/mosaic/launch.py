@@ -13,7 +13,8 @@ from jaxtyping import Array, Int32
 from sparse_flash_jax.kernels.config import Config, HopperBlocks
 from sparse_flash_jax.kernels.mosaic.pipeline import MAX_REGISTERS
 from sparse_flash_jax.kernels.mosaic.program import HELD_TILES, WARPGROUP_ROWS, Shapes
-from sparse_flash_jax.kernels.padding import pad, pad_bounds, padded_shape
+from sparse_flash_jax.kernels.padding import pad, padded_shape
+from sparse_flash_jax.kernels.walks import Side, bounds_of
 from sparse_flash_jax.manual_axes import vary_alike
 
 # JAX before 0.12 has no `on_race`, and prints.
@@ -28,7 +29,7 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 
 def launch(
     kernel: Callable,
-    bounds: tuple[Int32[Array, "b a L"], Int32[Array, "b a L"]],
+    side: Side,
     order: Int32[Array, "_b _a C"] | None,
     rows: Sequence[Array],
     columns: Sequence[Array],
@@ -46,10 +47,10 @@ def launch(
     """Returns a kernel's outputs, computed tile of rows by tile of rows.
 
     Args:
-        kernel: takes refs of start, stop, the order (or None), `rows`, `columns`, `outputs` (the last three padded) and
+        kernel: takes refs of `Bounds`, the order (or None), `rows`, `columns`, `outputs` (the last three padded) and
             `scratch`; in the interpreter one more, of shared memory for operands that it cannot take from
             registers; and by keyword scale and shapes.
-        bounds: start and stop of each row's run of columns; A divides N.
+        side: what each row sees of the columns.
         order: position of each row that has one; outputs with a head dim are then [B T A H], by position, for as many
             positions. None leaves them by slot.
         rows: [B N|K L H] or [B N L]: what a tile of rows holds of its own.
@@ -71,6 +72,7 @@ def launch(
         raise ValueError(f"tiles of the Hopper kernels have 1 to 4 warpgroups and columns in 64s, got {block}.")
     batch, row_heads, length = rows[0].shape[:3]
     heads, key_heads = sorted((row_heads, columns[0].shape[1]), reverse=True)
+    bounds, listed = bounds_of(side, block.rows, block.columns, WARPGROUP_ROWS)
     shapes = Shapes(
         block=block,
         length=pl.cdiv(length, WARPGROUP_ROWS) * WARPGROUP_ROWS,
@@ -80,16 +82,19 @@ def launch(
         members=heads // row_heads,
         last_first=last_first,
         beside=beside,
+        listed=listed,
     )
-    by_slot, positions = [pad_bounds(x, WARPGROUP_ROWS) for x in bounds], None
+    of_bounds, tree = jax.tree.flatten(bounds)
+    by_slot, positions = list(of_bounds), None
     if order is not None:
         positions = order.shape[2]
         past = (0, 0), (0, 0), (0, shapes.length - positions)
         by_slot.append(jnp.pad(order, past, constant_values=-1))
 
-    def body(start, stop, *refs):
+    def body(*refs):
+        bounds, refs = jax.tree.unflatten(tree, refs[: len(of_bounds)]), refs[len(of_bounds) :]
         before = refs if order is not None else (None, *refs)
-        kernel(start, stop, *before, scale=scale, shapes=shapes)
+        kernel(bounds, *before, scale=scale, shapes=shapes)
 
     body.__name__ = name
     interpreted = {}

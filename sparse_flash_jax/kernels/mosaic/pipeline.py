@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparse_flash_jax.kernels.config import HopperBlocks
 from sparse_flash_jax.kernels.mosaic.program import Program
-from sparse_flash_jax.kernels.tiles import TileRange
+from sparse_flash_jax.kernels.walks import Bounds
 
 MAX_REGISTERS = {1: (None, None), 2: (240, 24), 3: (160, 32), 4: (112, 32)}
 """Of a thread that computes and of one that loads, by how many warpgroups compute; None leaves it to the compiler."""
@@ -33,12 +33,12 @@ class Feed(NamedTuple):
     """(member, tile of columns, buffer): starts the copies."""
 
 
-def load_columns(program: Program, ranges: Callable[[Any, Any], TileRange], feeds: Sequence[Feed]) -> None:
+def load_columns(program: Program, bounds: Bounds, feeds: Sequence[Feed]) -> None:
     """Loads all columns that the program's tiles visit, in their order, as buffers come free."""
     stages = jnp.int32(program.block.num_stages)
 
     def of_member(r: Any, member: Any, n: Any) -> Any:
-        visited = ranges(r, member)
+        visited, tile_at = program.columns(r, bounds, member), program.tile_at(r, bounds, member)
 
         @pl.loop(0, visited.stop - visited.start)
         def _(step):
@@ -48,7 +48,7 @@ def load_columns(program: Program, ranges: Callable[[Any, Any], TileRange], feed
                 def _(feed=feed):
                     plgpu.barrier_wait(feed.free.at[program.slot(n + step)])
 
-                feed.load(member, visited.start + step, program.slot(n + step))
+                feed.load(member, tile_at(visited.start + step), program.slot(n + step))
 
         return n + visited.stop - visited.start
 
@@ -73,7 +73,7 @@ class Stream(NamedTuple):
     free: Any
 
 
-def load_keys(program: Program, k_start: Any, k_stop: Any, streams: Sequence[Stream]) -> None:
+def load_keys(program: Program, bounds: Bounds, streams: Sequence[Stream]) -> None:
     """Loads the tiles of keys and of values that the program's queries see."""
     head = lax.div(program.head, jnp.int32(program.shapes.group))
 
@@ -85,7 +85,7 @@ def load_keys(program: Program, k_start: Any, k_stop: Any, streams: Sequence[Str
 
         return Feed(stream.free, load)
 
-    load_columns(program, lambda r, member: program.columns(r, k_start, k_stop), [feed(x) for x in streams])
+    load_columns(program, bounds, [feed(x) for x in streams])
 
 
 class Turns:

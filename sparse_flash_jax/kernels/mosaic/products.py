@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from sparse_flash_jax.kernels.mosaic.program import NARROW
 from sparse_flash_jax.kernels.tiles import Masked
+from sparse_flash_jax.kernels.walks import Bounds
 
 LAYOUT = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = LAYOUT.reduce(1), LAYOUT.reduce(0)
@@ -50,6 +51,40 @@ def hide(x: Array, fill: float, start: Array, stop: Array, first: Any, masked: M
     # One comparison for both bounds, which takes more registers: columns before the start wrap round to large ones.
     since = (column - spread_rows(start - first, x.shape)).astype(jnp.uint32)
     return jnp.where(since < spread_rows((stop - start).astype(jnp.uint32), x.shape), x, fill)
+
+
+def load_bounds(bounds: Bounds, program: Any, r: Any, member: Any = 0) -> list[Array]:
+    """Returns start and stop of each row, and of the second runs if there are any, as `hide_unseen` takes them."""
+    refs = [bounds.start, bounds.stop, *(bounds.second or ())]
+    return [load_rows(ref.at[*program.bounds(ref, member), program.rows(r)]) for ref in refs]
+
+
+def hide_unseen(x: Array, fill: float, edges: Sequence[Array], first: Any, limit: Any, masked: Masked) -> Array:
+    """Returns a block of columns from `first` on, with `fill` where the row sees the column in none of its runs.
+
+    Args:
+        x: [rows, columns].
+        fill: of hidden pairs.
+        edges: from `load_bounds`.
+        first: column.
+        limit: from which column on all is hidden, or None.
+        masked: None where nothing of the block is hidden.
+    """
+    if masked is None:
+        return x
+    start, stop, *second = edges
+    if limit is not None:
+        stop = jnp.maximum(start, jnp.minimum(stop, limit))
+    if not second:
+        return hide(x, fill, start, stop, first, masked if limit is None else "both")
+    column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=LAYOUT)
+
+    def inside(start: Array, stop: Array) -> Array:
+        since = (column - spread_rows(start - first, x.shape)).astype(jnp.uint32)
+        return since < spread_rows((stop - start).astype(jnp.uint32), x.shape)
+
+    # One after another: the compiler has no "or" of masks in this layout that it does not keep in registers.
+    return jnp.where(inside(start, stop), x, jnp.where(inside(*second), x, fill))
 
 
 def multiply(acc: Any, a: Any, b: Any, stage: Any, *, transposed: bool = False) -> None:

@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 
 from sparse_flash_jax.kernels.config import HopperBlocks
 from sparse_flash_jax.kernels.tiles import TileRange, tile_range
+from sparse_flash_jax.kernels.walks import Bounds, Listed, tile_at
 
 WARPGROUP_ROWS = 64  # of one wgmma
 NARROW = 64  # columns: wider blocks leave few registers beside sums and scores
@@ -32,6 +33,7 @@ class Shapes(NamedTuple):
     """Whether programs start from the last tile of rows: the longest of a causal head."""
     beside: int = 1
     """Heads whose programs are numbered by turns, not one head's after another's."""
+    listed: Listed = Listed()
 
 
 class Program:
@@ -65,24 +67,51 @@ class Program:
         n = self.head * shapes.members + member
         return (self.batch if ref.shape[0] > 1 else 0, lax.div(n, jnp.int32(shapes.heads // ref.shape[1])))
 
-    def columns(self, r: Any, start: Any, stop: Any, member: Any = 0) -> TileRange:
-        """Returns the tiles of columns that the program's r-th tile visits, at least one."""
-        return self.columns_of(self.tile(r), start, stop, member)
+    def columns(self, r: Any, bounds: Bounds, member: Any = 0) -> TileRange:
+        """Returns the tiles of columns that the program's r-th tile visits, at least one; or the steps of its walk."""
+        return self.columns_of(self.tile(r), bounds, member)
 
-    def columns_of(self, tile: Any, start: Any, stop: Any, member: Any) -> TileRange:
+    def columns_of(self, tile: Any, bounds: Bounds, member: Any) -> TileRange:
         """Returns the same for a tile of rows by its number."""
+        if bounds.steps is not None:
+            row = self.bounds(bounds.steps, member)
+            begin, *full, stop = (bounds.steps[*row, tile, x] for x in range(4))
+            end = lax.max(stop, begin + 1)
+            # A walk of no steps takes one, masked.
+            first, last = (jnp.where(stop > begin, x, end) for x in full)
+            return TileRange(begin, first, last, end)
         first = tile * self.block.rows
         last = lax.min(first + self.block.rows, jnp.int32(self.shapes.length)) - 1
-        return self._seen(first, last, start, stop, member)
+        return self._seen(first, last, bounds.start, bounds.stop, member)
 
-    def visit(self, r: Any, start: Any, stop: Any, member: Any = 0, *, together: bool = False) -> "Visit":
+    def tile_at(self, r: Any, bounds: Bounds, member: Any = 0) -> Callable[[Any], Any]:
+        """Returns which tile of columns the program's r-th tile of rows is at in a step."""
+        if bounds.steps is None:
+            return lambda step: step
+        row, index = self.bounds(bounds.steps, member), None
+        if bounds.index is not None:
+            of_index, rows = self.bounds(bounds.index, member), jnp.int32(self.shapes.listed.rows)
+            block = lax.min(lax.div(self.tile(r), rows), jnp.int32(bounds.index.shape[2] - 1))
+            index = lambda x: bounds.index[*of_index, block, x]
+        steps = lambda x: bounds.steps[*row, self.tile(r), x]
+        return lambda step: tile_at(step, steps, index, self.shapes.listed.columns)
+
+    def limit(self, bounds: Bounds, tile: Any, member: Any = 0) -> Any:
+        """Returns past which column of a tile nothing is visible to any row; None where that is not so of any."""
+        if bounds.limit is None:
+            return None
+        split = jnp.int32(self.shapes.listed.columns)
+        block = lax.div(tile, split)
+        return block * split * self.block.columns + bounds.limit[*self.bounds(bounds.limit, member), block]
+
+    def visit(self, r: Any, bounds: Bounds, member: Any = 0, *, together: bool = False) -> "Visit":
         """Returns the same, and those among them that this warpgroup computes with: all if they go `together`."""
-        whole = self.columns(r, start, stop, member)
+        whole = self.columns(r, bounds, member)
         # Wide blocks are for runs longer than the tile.
-        if together or self.block.warpgroups == 1 or self.block.columns > NARROW:
+        if together or bounds.steps is not None or self.block.warpgroups == 1 or self.block.columns > NARROW:
             return Visit(whole.start, whole.stop, whole)
         first = self.rows(r).start
-        own = self._seen(first, first + WARPGROUP_ROWS - 1, start, stop, member)
+        own = self._seen(first, first + WARPGROUP_ROWS - 1, bounds.start, bounds.stop, member)
         # Rows that see nothing may be given a tile beyond those of the others.
         begin = lax.min(own.start, whole.stop - 1)
         end = lax.max(lax.min(own.stop, whole.stop), begin + 1)

@@ -12,16 +12,16 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32
 
 from sparse_flash_jax.kernels.config import Blocks, Config
-from sparse_flash_jax.kernels.tiles import LOG2E, Runs, sweep
+from sparse_flash_jax.kernels.tiles import LOG2E, Runs
 from sparse_flash_jax.kernels.triton import launch
+from sparse_flash_jax.kernels.triton.sight import Sight
+from sparse_flash_jax.kernels.walks import of_keys, of_queries
 
 
-def _dq_kernel(order, k_start, k_stop, q, do, lse, delta, k, v, dq, *, scale, block, heads, group, tiles, precision):
+def _dq_kernel(order, bounds, q, do, lse, delta, k, v, dq, *, scale, block, heads, group, tiles, listed, precision):
     b, n, i = launch.place(order, heads, tiles)
-    first = i * block.rows
-    rows = pl.ds(first, block.rows)
-    row = launch.bounds_of(k_start, b, n, heads)
-    start, stop = k_start[*row, rows], k_stop[*row, rows]  # [rows]
+    rows = pl.ds(i * block.rows, block.rows)
+    sight = Sight(bounds, listed, b, n, heads, i, rows, block)
     head = n // group
     q_tile, do_tile = q[b, n, rows, :], do[b, n, rows, :]  # [rows, H]
     lse_row, delta_row = lse[b, n, rows] * LOG2E, delta[b, n, rows]  # [rows]
@@ -33,26 +33,23 @@ def _dq_kernel(order, k_start, k_stop, q, do, lse, delta, k, v, dq, *, scale, bl
         p = jnp.exp2(s - lse_row[:, None])
         ds = p * (launch.dot(do_tile, v_tile, contract=(1, 1), precision=precision) - delta_row[:, None])
         if masked:
-            ds = jnp.where(launch.visible(start, stop, j, block.columns), ds, 0.0)
+            ds = jnp.where(sight.visible(j), ds, 0.0)
         return acc + launch.dot(ds.astype(k_tile.dtype), k_tile, contract=(1, 0), precision=precision)
 
-    tile_range = launch.range_of(k_start, k_stop, row, first, block.rows, block.columns)
-    acc = sweep(step, tile_range, jnp.zeros(q_tile.shape, jnp.float32))
+    acc = sight.sweep(step, jnp.zeros(q_tile.shape, jnp.float32))
     dq[b, n, rows, :] = (acc * scale).astype(dq.dtype)
 
 
 def _dkv_kernel(
-    order, q_start, q_stop, k, v, q, do, lse, delta, dk, dv, *, scale, block, heads, group, tiles, precision
+    order, bounds, k, v, q, do, lse, delta, dk, dv, *, scale, block, heads, group, tiles, listed, precision
 ):
     b, head, i = launch.place(order, heads // group, tiles)
-    first = i * block.rows
-    rows = pl.ds(first, block.rows)
+    rows = pl.ds(i * block.rows, block.rows)
     k_tile, v_tile = k[b, head, rows, :], v[b, head, rows, :]  # [rows, H]
 
     def of_member(member, carry):
         n = head * group + member
-        row = launch.bounds_of(q_start, b, n, heads)
-        start, stop = q_start[*row, rows], q_stop[*row, rows]  # [rows]
+        sight = Sight(bounds, listed, b, n, heads, i, rows, block)
 
         def step(j, carry, *, masked):
             dk_acc, dv_acc = carry
@@ -64,13 +61,13 @@ def _dkv_kernel(
             dp = launch.dot(v_tile, do_tile, contract=(1, 1), precision=precision) - delta_column[None, :]
             ds = p * dp
             if masked:
-                seen = launch.visible(start, stop, j, block.columns)
+                seen = sight.visible(j)
                 p, ds = jnp.where(seen, p, 0.0), jnp.where(seen, ds, 0.0)
             dv_acc += launch.dot(p.astype(do_tile.dtype), do_tile, contract=(1, 0), precision=precision)
             dk_acc += launch.dot(ds.astype(q_tile.dtype), q_tile, contract=(1, 0), precision=precision)
             return dk_acc, dv_acc
 
-        return sweep(step, launch.range_of(q_start, q_stop, row, first, block.rows, block.columns), carry)
+        return sight.sweep(step, carry)
 
     zeros = jnp.zeros(k_tile.shape, jnp.float32)
     members = (zeros, zeros)
@@ -94,7 +91,7 @@ def backward_dq(
     """Returns dq in q's dtype; `delta` is sum(o * do) less the cotangent of lse."""
     (dq,) = launch.launch(
         _dq_kernel,
-        (runs.k_start, runs.k_stop),
+        of_queries(runs),
         (q, do, lse, delta),
         (k, v),
         (q,),
@@ -122,7 +119,7 @@ def backward_dkv(
     """Returns dk and dv in k's dtype, summed over the query heads of a group."""
     dk, dv = launch.launch(
         _dkv_kernel,
-        (runs.q_start, runs.q_stop),
+        of_keys(runs),
         (k, v),
         (q, do, lse, delta),
         (k, v),

@@ -13,16 +13,16 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32
 
 from sparse_flash_jax.kernels.config import Blocks, Config
-from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, sweep
+from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs
 from sparse_flash_jax.kernels.triton import launch
+from sparse_flash_jax.kernels.triton.sight import Sight
+from sparse_flash_jax.kernels.walks import of_queries
 
 
-def _kernel(order, k_start, k_stop, q, k, v, o, lse, *, scale, block, heads, group, tiles, precision):
+def _kernel(order, bounds, q, k, v, o, lse, *, scale, block, heads, group, tiles, listed, precision):
     b, n, i = launch.place(order, heads, tiles)
-    first = i * block.rows
-    rows = pl.ds(first, block.rows)
-    row = launch.bounds_of(k_start, b, n, heads)
-    start, stop = k_start[*row, rows], k_stop[*row, rows]  # [rows]
+    rows = pl.ds(i * block.rows, block.rows)
+    sight = Sight(bounds, listed, b, n, heads, i, rows, block)
     head = n // group
     q_tile = q[b, n, rows, :]  # [rows, H]
 
@@ -31,7 +31,7 @@ def _kernel(order, k_start, k_stop, q, k, v, o, lse, *, scale, block, heads, gro
         columns = pl.ds(j * block.columns, block.columns)
         k_tile, v_tile = k[b, head, columns, :], v[b, head, columns, :]  # [columns, H]
         s = launch.dot(q_tile, k_tile, contract=(1, 1), precision=precision) * (scale * LOG2E)
-        seen = launch.visible(start, stop, j, block.columns) if masked else None
+        seen = sight.visible(j) if masked else None
         s = s if seen is None else jnp.where(seen, s, LOWEST)
         new_top = jnp.maximum(top, jnp.max(s, axis=1))
         p = jnp.exp2(s - new_top[:, None])
@@ -42,8 +42,7 @@ def _kernel(order, k_start, k_stop, q, k, v, o, lse, *, scale, block, heads, gro
 
     zeros = jnp.zeros((block.rows,), jnp.float32)
     carry = (zeros + LOWEST, zeros, jnp.zeros(q_tile.shape, jnp.float32))
-    tile_range = launch.range_of(k_start, k_stop, row, first, block.rows, block.columns)
-    top, total, acc = sweep(step, tile_range, carry)
+    top, total, acc = sight.sweep(step, carry)
     some = total > 0
     total = jnp.where(some, total, 1.0)
     o[b, n, rows, :] = (acc / total[:, None]).astype(o.dtype)
@@ -62,7 +61,7 @@ def forward(
     """Returns o in q's dtype, and lse with -inf where a row sees nothing."""
     o, lse = launch.launch(
         _kernel,
-        (runs.k_start, runs.k_stop),
+        of_queries(runs),
         (q,),
         (k, v),
         (q, jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)),

@@ -13,15 +13,15 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Int32
 
 from sparse_flash_jax.kernels.config import Blocks, Config, operand_side
-from sparse_flash_jax.kernels.padding import pad, pad_bounds, padded_shape
-from sparse_flash_jax.kernels.tiles import TileRange, tile_range
+from sparse_flash_jax.kernels.padding import pad, padded_shape
+from sparse_flash_jax.kernels.walks import Side, bounds_of
 
 _SMALLEST = 16  # side of a product's operands
 
 
 def launch(
     kernel: Callable,
-    bounds: tuple[Int32[Array, "b a L"], Int32[Array, "b a L"]],
+    side: Side,
     rows: Sequence[Array],
     columns: Sequence[Array],
     outputs: Sequence[Array | jax.ShapeDtypeStruct],
@@ -35,9 +35,10 @@ def launch(
     """Returns a kernel's outputs, computed tile of rows by tile of rows.
 
     Args:
-        kernel: takes refs, whole and in global memory, of the order of tiles, start, stop, `rows`, `columns` and
-            `outputs`, the last three padded; by keyword scale, block, heads (N), group (N / K), tiles and precision.
-        bounds: start and stop of each row's run of columns; A divides N.
+        kernel: takes refs, whole and in global memory, of the order of tiles, of `Bounds`, `rows`, `columns` and
+            `outputs`, the last three padded; by keyword scale, block, heads (N), group (N / K), tiles, listed and
+            precision.
+        side: what each row sees of the columns.
         rows: [B N|K L H] or [B N L]: what a tile of rows holds of its own.
         columns: [B K|N M H] or [B N M]: what streams past it.
         outputs: of their shapes and dtypes, with the rows' batch, heads and length.
@@ -52,8 +53,12 @@ def launch(
     heads, key_heads = sorted((rows[0].shape[1], columns[0].shape[1]), reverse=True)
     batch, row_heads = rows[0].shape[:2]
     tiles = pl.cdiv(rows[0].shape[2], block.rows)
-    start, stop = (pad_bounds(x, block.rows) for x in bounds)
-    order = longest_first(start, stop, block, last_first=last_first, batch=batch, heads=heads, group=heads // row_heads)
+    bounds, listed = bounds_of(side, block.rows, block.columns, block.rows)
+    if bounds.steps is None:
+        work = bounds.stop[..., block.rows - 1 :: block.rows] - bounds.start[..., :: block.rows]
+    else:
+        work = block.columns * (bounds.steps[..., 3] - bounds.steps[..., 0])
+    order = longest_first(work, last_first=last_first, batch=batch, heads=heads, group=heads // row_heads)
     call = triton_call(
         functools.partial(
             kernel,
@@ -62,6 +67,7 @@ def launch(
             heads=heads,
             group=heads // key_heads,
             tiles=tiles,
+            listed=listed,
             precision=_precision(rows[0].dtype, config),
         ),
         [jax.ShapeDtypeStruct(padded_shape(x.shape, block.rows, operand_side), x.dtype) for x in outputs],
@@ -74,7 +80,7 @@ def launch(
     )
     rows = [pad(x, block.rows, operand_side) for x in rows]
     columns = [pad(x, block.columns, operand_side) for x in columns]
-    padded = call(order, start, stop, *rows, *columns)
+    padded = call(order, bounds, *rows, *columns)
     return [lax.slice(x, (0,) * x.ndim, like.shape) for x, like in zip(padded, outputs, strict=True)]
 
 
@@ -115,9 +121,7 @@ def _precision(dtype: Any, config: Config[Blocks]) -> lax.Precision:
 
 
 def longest_first(
-    start: Int32[Array, "b a M"],
-    stop: Int32[Array, "b a M"],
-    block: Blocks,
+    work: Int32[Array, "b a tiles"],
     *,
     last_first: bool,
     batch: int,
@@ -128,8 +132,8 @@ def longest_first(
 
     Tiles far longer than the mean come first, so that none of them starts when the others have ended. The rest stay
     head by head, where neighbours read the same keys. A program does the work of `group` of the `heads` heads.
+    `work` is how many columns each tile of rows visits.
     """
-    work = stop[..., block.rows - 1 :: block.rows] - start[..., :: block.rows]
     work = jnp.broadcast_to(jnp.repeat(work, heads // work.shape[1], axis=1), (batch, heads, work.shape[2]))
     work = work.reshape(batch, heads // group, group, -1).sum(axis=2).astype(jnp.float32)
     times_mean = work / jnp.maximum(jnp.mean(work), 1.0)
@@ -146,25 +150,6 @@ def place(order_ref: Any, heads: int, tiles: int) -> tuple[Array, Array, Array]:
     program = order_ref[pl.program_id(0)]
     row = lax.div(program, jnp.int32(tiles))
     return lax.div(row, jnp.int32(heads)), lax.rem(row, jnp.int32(heads)), lax.rem(program, jnp.int32(tiles))
-
-
-def bounds_of(ref: Any, b: Array, n: Array, heads: int) -> tuple[Array | int, Array]:
-    """Returns the row of a bounds array [B|1 A M] that holds for a batch entry and one of `heads` heads."""
-    return (b if ref.shape[0] > 1 else 0, lax.div(n, jnp.int32(heads // ref.shape[1])))
-
-
-def range_of(start_ref: Any, stop_ref: Any, row: tuple, first: Array, rows: int, columns: int) -> TileRange:
-    """Returns the tiles that rows [first, first + rows) touch, from two scalar loads a bound."""
-    last = first + rows - 1
-    return tile_range(
-        start_ref[*row, first], stop_ref[*row, first], start_ref[*row, last], stop_ref[*row, last], columns
-    )
-
-
-def visible(start: Array, stop: Array, tile: Array, columns: int) -> Array:
-    """Returns which columns of a tile each row sees: bool [rows, columns]."""
-    column = tile * columns + lax.broadcasted_iota(jnp.int32, (start.shape[0], columns), 1)
-    return (start[:, None] <= column) & (column < stop[:, None])
 
 
 def dot(a: Array, b: Array, *, contract: tuple[int, int], precision: Any) -> Array:

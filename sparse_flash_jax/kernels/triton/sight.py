@@ -1,0 +1,74 @@
+"""What the rows of a Triton program see: the tiles to visit, and which columns of one are visible."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from sparse_flash_jax.kernels import walks
+from sparse_flash_jax.kernels.config import Blocks
+from sparse_flash_jax.kernels.tiles import TileRange, sweep, tile_range
+from sparse_flash_jax.kernels.walks import Bounds, Listed
+
+
+class Sight:
+    """What the rows of tile i of a head see.
+
+    Args:
+        refs: of the side.
+        listed: of its blocks.
+        b: batch entry.
+        n: query head, one of `heads`.
+        heads: N.
+        i: tile of rows.
+        rows: slice of the rows.
+        block: the tile.
+    """
+
+    def __init__(self, refs: Bounds, listed: Listed, b: Any, n: Any, heads: int, i: Any, rows: Any, block: Blocks):
+        self._refs, self._listed, self._place, self._i, self._block = refs, listed, (b, n, heads), i, block
+        row = self._row(refs.start)
+        self._row_of_start, self._first = row, i * block.rows
+        self._bounds = [(refs.start[*row, rows], refs.stop[*row, rows])]  # [rows] each
+        if refs.second is not None:
+            row = self._row(refs.second[0])
+            self._bounds.append((refs.second[0][*row, rows], refs.second[1][*row, rows]))
+
+    def sweep(self, step: Callable[..., Any], carry: Any) -> Any:
+        """Runs `carry = step(tile, carry, masked=...)` over the tiles of columns that the rows touch."""
+        refs, block = self._refs, self._block
+        if refs.steps is None:
+            row, first, last = self._row_of_start, self._first, self._first + block.rows - 1
+            start, stop = refs.start, refs.stop
+            bounds = start[*row, first], stop[*row, first], start[*row, last], stop[*row, last]
+            return sweep(step, tile_range(*bounds, block.columns), carry)
+        row = self._row(refs.steps)
+        steps = [refs.steps[*row, self._i, x] for x in range(6)]
+        index = None
+        if refs.index is not None:
+            of_index = self._row(refs.index)
+            listed_row = lax.min(lax.div(self._i, jnp.int32(self._listed.rows)), jnp.int32(refs.index.shape[2] - 1))
+            index = lambda x: refs.index[*of_index, listed_row, x]
+        tile_at = functools.partial(walks.tile_at, steps=lambda x: steps[x], index=index, split=self._listed.columns)
+        return sweep(lambda i, carry, masked: step(tile_at(i), carry, masked=masked), TileRange(*steps[:4]), carry)
+
+    def visible(self, tile: Array) -> Array:
+        """Returns which columns of a tile each row sees: bool [rows, columns]."""
+        columns = self._block.columns
+        column = tile * columns + lax.broadcasted_iota(jnp.int32, (self._block.rows, columns), 1)
+        seen = [(start[:, None] <= column) & (column < stop[:, None]) for start, stop in self._bounds]
+        visible = functools.reduce(jnp.logical_or, seen)
+        if self._refs.limit is None:
+            return visible
+        split = jnp.int32(self._listed.columns)
+        block = lax.div(tile, split)
+        limit = block * split * columns + self._refs.limit[*self._row(self._refs.limit), block]
+        return visible & (column < limit)
+
+    def _row(self, ref: Any) -> tuple[Any, Any]:
+        """The row of an array [B|1 A ...] that holds for this batch entry and head."""
+        b, n, heads = self._place
+        return (b if ref.shape[0] > 1 else 0, lax.div(n, jnp.int32(heads // ref.shape[1])))
