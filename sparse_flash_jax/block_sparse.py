@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int32
 
 from sparse_flash_jax.documents import document_bounds
-from sparse_flash_jax.kernels.tiles import BlockLists, Runs
+from sparse_flash_jax.kernels.tiles import BlockLists, BlockSizes, Runs
 from sparse_flash_jax.permute import Permutation
 from sparse_flash_jax.plan import AttentionPlan, repeat_heads
 from sparse_flash_jax.planning import PLAN_NAME
@@ -230,8 +230,7 @@ def _plan(mask, segment_ids, query_keep, key_keep, *, lengths, sizes, rule, list
             query_index,
             query_count,
             None if kept is None else repeat_heads(kept, heads),
-            query_block=rows,
-            key_block=columns,
+            BlockSizes(rows, columns),
         ),
     )
     none = lambda x, size: jnp.zeros((1, size) if x is None else x.shape[:2], jnp.int32)

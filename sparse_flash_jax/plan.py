@@ -10,7 +10,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float32, Int32
 
-from sparse_flash_jax.kernels.tiles import BlockLists, Runs
+from sparse_flash_jax.kernels.tiles import Runs
+from sparse_flash_jax.kernels.walks import keys_of_queries
 from sparse_flash_jax.permute import Permutation
 from sparse_flash_jax.stats import PlanStats, plan_stats
 from sparse_flash_jax.validation import positive_int
@@ -116,7 +117,7 @@ class AttentionPlan(NamedTuple):
         """Returns counts of visible pairs, tiles, lonely queries and the largest group, and the time to expect.
 
         Args:
-            block_q: queries in a tile.
+            block_q: queries in a tile; of listed blocks, the largest common divisor with theirs.
             block_k: keys in a tile.
 
         Returns:
@@ -163,32 +164,16 @@ def mask_of_runs(runs: Runs) -> Bool[Array, "B N Tc Sc"]:
     listed = jnp.arange(lists.key_index.shape[3], dtype=jnp.int32)[None, None, None] < lists.key_count[..., None]
     block = jnp.arange(lists.query_index.shape[2], dtype=jnp.int32)[None, None, None, None]
     blocks = jnp.any((lists.key_index[..., None] == block) & listed[..., None], axis=3)
-    mask = mask & blocks[:, :, query // lists.query_block][..., slot // lists.key_block]
+    mask = mask & blocks[:, :, query // lists.sizes.queries][..., slot // lists.sizes.keys]
     if lists.kept_keys is None:
         return mask
-    return mask & (slot % lists.key_block < lists.kept_keys[:, :, slot // lists.key_block])[:, :, None]
+    kept = lists.kept_keys[:, :, slot // lists.sizes.keys]
+    return mask & ((slot % lists.sizes.keys)[None, None] < kept)[:, :, None]
 
 
 def visible_pairs(runs: Runs) -> Float32[Array, "B N"]:
     """Returns how many pairs the runs show; axes of size 1 stand for any size."""
-    if runs.blocks is not None:
-        return _pairs_in_blocks(runs, runs.blocks)
-    pairs = jnp.sum((runs.k_stop - runs.k_start).astype(jnp.float32), axis=-1)
-    return pairs if runs.second is None else pairs + visible_pairs(runs.second)
-
-
-def _pairs_in_blocks(runs: Runs, lists: BlockLists) -> Float32[Array, "B N"]:
-    block = jnp.arange(runs.k_start.shape[2], dtype=jnp.int32) // lists.query_block
-    index = lists.key_index[:, :, block]  # [B N T listed]
-    first, size = index * lists.key_block, jnp.int32(lists.key_block)
-    if lists.kept_keys is not None:
-        shape = (max(lists.kept_keys.shape[0], index.shape[0]), *index.shape[1:])
-        kept = jnp.broadcast_to(lists.kept_keys, (shape[0], shape[1], lists.kept_keys.shape[2]))
-        size = jnp.take_along_axis(kept, jnp.broadcast_to(index, shape).reshape(*shape[:2], -1), axis=2).reshape(shape)
-    start, stop = (x[..., None] for x in (runs.k_start, runs.k_stop))
-    pairs = jnp.maximum(jnp.minimum(first + size, stop) - jnp.maximum(first, start), 0)
-    listed = jnp.arange(index.shape[3], dtype=jnp.int32)[None, None, None] < lists.key_count[:, :, block][..., None]
-    return jnp.sum(jnp.where(listed, pairs, 0).astype(jnp.float32), axis=(2, 3))
+    return jnp.sum(keys_of_queries(runs).astype(jnp.float32), axis=-1)
 
 
 def share_of_causal(pairs: Float32[Array, "B N"], query_length: int, key_length: int) -> Float32[Array, ""]:

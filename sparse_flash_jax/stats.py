@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparse_flash_jax.kernels.tiles import Runs, tile_range
+from sparse_flash_jax.kernels.tiles import Runs, TileRange, tile_range
+from sparse_flash_jax.kernels.walks import keys_of_queries, of_queries, walk_of
 from sparse_flash_jax.time_share import Method, TimeShare, expected_time_share
 
 
@@ -79,17 +80,15 @@ def plan_stats(
 ) -> PlanStats:
     """Counts a plan; see `AttentionPlan.stats`."""
     start, stop = np.asarray(runs.k_start), np.asarray(runs.k_stop)
-    heads = math.prod(start.shape[:2])
-    visible = _sum(stop - start)
-    first = np.arange(0, start.shape[-1], block_q)
-    last = np.minimum(first + block_q, start.shape[-1]) - 1
-    ends = (start[..., first], stop[..., first], start[..., last], stop[..., last])
-    first_start, first_stop, last_start, last_stop = (jnp.asarray(x) for x in ends)
-    tiles = tile_range(first_start, first_stop, last_start, last_stop, block_k)
-    empty_slots = int((stop == start).sum())
+    keys = np.asarray(keys_of_queries(runs))
+    heads, visible = math.prod(keys.shape[:2]), _sum(keys)
+    if runs.blocks is not None:
+        block_q, block_k = math.gcd(block_q, runs.blocks.sizes.queries), math.gcd(block_k, runs.blocks.sizes.keys)
+    tiles = _tiles(runs, block_q, block_k)
+    empty_slots = int((keys == 0).sum())
     density = visible / (heads * causal_pairs)
     expected = None
-    if query_length == key_length and 0 < density <= 1 and not _windowed(start, stop):
+    if query_length == key_length and 0 < density <= 1 and runs.plain and not _windowed(start, stop):
         expected = expected_time_share(query_length, density, method=method)
         if expected is not None and not permuted:
             expected = expected._replace(share=expected.own_dense)
@@ -106,6 +105,18 @@ def plan_stats(
         largest_group=largest_group,
         expected_time=expected,
     )
+
+
+def _tiles(runs: Runs, block_q: int, block_k: int) -> TileRange:
+    """What the passes over queries visit."""
+    if not runs.plain:
+        steps = walk_of(of_queries(runs), block_q, block_k).steps
+        return TileRange(*(steps[..., i] for i in range(4)))
+    start, stop = np.asarray(runs.k_start), np.asarray(runs.k_stop)
+    first = np.arange(0, start.shape[-1], block_q)
+    last = np.minimum(first + block_q, start.shape[-1]) - 1
+    ends = (start[..., first], stop[..., first], start[..., last], stop[..., last])
+    return tile_range(*(jnp.asarray(x) for x in ends), block_k)
 
 
 def _windowed(start: np.ndarray, stop: np.ndarray) -> bool:

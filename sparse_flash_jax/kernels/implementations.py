@@ -76,7 +76,7 @@ def _what_lacks_of_blocks(implementation: str, runs: Runs | None) -> str | None:
     least = {"mosaic": 64, "triton": 16, "xla": 1}[implementation]
     if runs is None or runs.blocks is None:
         return None
-    sizes = runs.blocks.query_block, runs.blocks.key_block
+    sizes = runs.blocks.sizes.queries, runs.blocks.sizes.keys
     return f"takes blocks of multiples of {least} tokens, got {sizes}" if any(x % least for x in sizes) else None
 
 

@@ -124,7 +124,7 @@ def _call(q, k, v, runs, orders, *, scale, implementation, config, long_runs):
     elif config.fused and not runs.plain:
         raise ValueError("config.fused takes plans of one run for each query, without blocks; leave fused out.")
     if runs.blocks is not None:
-        config = within_blocks(config, runs.blocks.query_block, runs.blocks.key_block)
+        config = within_blocks(config, runs.blocks.sizes.queries, runs.blocks.sizes.keys)
     if orders is not None and row_kernels(implementation, interpret=config.interpret) is not None:
         # Kernels change the layout as they move rows, several arrays a launch, though slots be positions.
         orders = tuple(identity(x.shape[1]) if side is None else side for x, side in zip((q, k), orders, strict=True))

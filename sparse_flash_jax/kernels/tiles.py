@@ -23,31 +23,31 @@ FLOOR = LOWEST / 2
 """Where the running maximum of a row may start: hidden scores lie so far below it that exp2 of the difference is 0."""
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("key_index", "key_count", "query_index", "query_count", "kept_keys"),
-    meta_fields=("query_block", "key_block"),
-)
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class BlockLists:
+class BlockSizes:
+    """Slots of a listed block; static."""
+
+    queries: int
+    keys: int
+
+
+class BlockLists(NamedTuple):
     """Which blocks of keys each block of queries sees something of, said twice; pairs outside of them are hidden.
 
     Queries that have no listed block have empty runs, and so have keys. Axes are those of `Runs`.
     """
 
-    key_index: Int32[Array, "B N blocks listed"]
+    key_index: Int32[Array, "#B #N queries listed"]
     """Blocks of keys that each block of queries sees, in increasing order; what follows does not count."""
-    key_count: Int32[Array, "B N blocks"]
+    key_count: Int32[Array, "#B #N queries"]
     """How many those are."""
-    query_index: Int32[Array, "B N blocks listed"]
+    query_index: Int32[Array, "#B #N keys listing"]
     """Blocks of queries that see each block of keys, likewise."""
-    query_count: Int32[Array, "B N blocks"]
-    kept_keys: Int32[Array, "B N blocks"] | None
+    query_count: Int32[Array, "#B #N keys"]
+    kept_keys: Int32[Array, "#B #N keys"] | None
     """Keys of each block that are kept, in its first slots; None where all are."""
-    query_block: int
-    """Slots of a block of queries; static."""
-    key_block: int
-    """Slots of a block of keys; static."""
+    sizes: BlockSizes
 
 
 class Runs(NamedTuple):

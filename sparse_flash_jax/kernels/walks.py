@@ -42,7 +42,7 @@ def of_queries(runs: Runs) -> Side:
     lists = runs.blocks
     if lists is None:
         return side
-    sizes = lists.query_block, lists.key_block
+    sizes = lists.sizes.queries, lists.sizes.keys
     return side._replace(index=lists.key_index, count=lists.key_count, limit=lists.kept_keys, blocks=sizes)
 
 
@@ -53,8 +53,27 @@ def of_keys(runs: Runs) -> Side:
     lists = runs.blocks
     if lists is None:
         return side
-    sizes = lists.key_block, lists.query_block
+    sizes = lists.sizes.keys, lists.sizes.queries
     return side._replace(index=lists.query_index, count=lists.query_count, blocks=sizes)
+
+
+def keys_of_queries(runs: Runs) -> Int32[Array, "b a T"]:
+    """Returns how many keys each query sees."""
+    if runs.blocks is None:
+        keys = runs.k_stop - runs.k_start
+        return keys if runs.second is None else keys + keys_of_queries(runs.second)
+    lists, query = runs.blocks, jnp.arange(runs.k_start.shape[2], dtype=jnp.int32)
+    block = query // lists.sizes.queries
+    index = lists.key_index[:, :, block]  # [b a T listed]
+    first, size = index * lists.sizes.keys, jnp.int32(lists.sizes.keys)
+    if lists.kept_keys is not None:
+        shape = (max(lists.kept_keys.shape[0], index.shape[0]), *index.shape[1:])
+        kept = jnp.broadcast_to(lists.kept_keys, (*shape[:2], lists.kept_keys.shape[2]))
+        size = jnp.take_along_axis(kept, jnp.broadcast_to(index, shape).reshape(*shape[:2], -1), axis=2).reshape(shape)
+    start, stop = (x[..., None] for x in (runs.k_start, runs.k_stop))
+    pairs = jnp.maximum(jnp.minimum(first + size, stop) - jnp.maximum(first, start), 0)
+    listed = jnp.arange(index.shape[3], dtype=jnp.int32)[None, None, None] < lists.key_count[:, :, block][..., None]
+    return jnp.sum(jnp.where(listed, pairs, 0), axis=3)
 
 
 class Walk(NamedTuple):
