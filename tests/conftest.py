@@ -28,14 +28,18 @@ def forget_what_was_compiled():
 
 
 @pytest.fixture
-def quick_compilation():
-    """For what runs for milliseconds, and is long to compile."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimised_compilation():
+    """For what is read of compiled programs, or runs for long."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
 
 
 def pytest_configure(config):
+    if jax.default_backend() == "cpu":
+        # What runs for milliseconds is long to compile; processes that tests start do as these.
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        jax.config.update("jax_disable_most_optimizations", True)
     # Compiling is most of the time that the tests take, and workers compile much the same.
     if getattr(config, "cache", None) is None:
         return

@@ -95,7 +95,6 @@ def check_against_full(model, tokens, documents=None):
     np.testing.assert_allclose(following, rows_from(full, LENGTHS), rtol=0, atol=1e-6)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("attention", "changes"),
     [
@@ -114,7 +113,6 @@ def test_scores_are_those_of_a_full_forward_pass(attention, changes):
     check_against_full(make(attention, **changes), TOKENS)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_documents_stay_apart():
     tokens = TOKENS.copy()
     tokens[0, [4, 13, 18]] = END  # in the prompt, and twice after it
@@ -124,7 +122,6 @@ def test_documents_stay_apart():
     check_against_full(model, tokens, document_ids(jnp.asarray(tokens), END))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_what_sees_nothing_is_zero():
     layer = SparseSelfAttention(32, 4, Hash(2, exclude_self=True), shared_qk=True, rngs=nnx.Rngs(0))
     cache = layer.init_cache(1, T, key=KEY)
@@ -139,7 +136,6 @@ def test_what_sees_nothing_is_zero():
 KEYS: dict[str, Any] = {"key": jax.random.key(1), "pattern_key": KEY}
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_greedy_tokens_are_those_of_full_forward_passes():
     model = make((Dense(window=5), Hash(4, exclude_self=True)))
     forward = jax.jit(lambda tokens: model(tokens, key=KEY)[:, :, :50])
@@ -162,7 +158,6 @@ def test_greedy_tokens_are_those_of_full_forward_passes():
     np.testing.assert_array_equal(np.stack(until_both_end, axis=1), expected[[0, 0], : length + 1])
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("packed", [False, True])
 def test_documents_that_begin_while_tokens_are_drawn(packed):
     """The token that is drawn first is made the end of documents, so that one ends among those that are drawn."""
@@ -205,7 +200,6 @@ def test_auto_is_fixed_before_it_is_cached(monkeypatch):
         init_cache(model, 1, T, key=KEY)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_sampler_cuts_off_what_is_unlikely():
     p = np.asarray([0.05, 0.4, 0.25, 0.3])
     logits = jnp.tile(jnp.log(jnp.asarray(p, jnp.float32))[None], (4000, 1))
@@ -265,7 +259,6 @@ def generated(capsys, *options):
     return status, *capsys.readouterr()
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_command_continues_a_prompt(run, capsys):
     options = ("--prompt", "line 7: ", "--tokens", 12)
     status, shown, said = generated(capsys, run, *options, "--samples", 2, "--top-k", 50)

@@ -39,7 +39,7 @@ STEPS = 2
 
 
 @pytest.fixture(autouse=True)
-def standard_promotion(quick_compilation):
+def standard_promotion():
     """Optax raises a float to an integer power, which the strict rules forbid."""
     with jax.numpy_dtype_promotion("standard"):
         yield

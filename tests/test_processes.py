@@ -70,7 +70,6 @@ def train_a_step(folder, *options):
         assert train.main(arguments(folder, *options, "--mesh", "data=4", "--max-minutes", "0")) == 0
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_two_processes_train_as_one(tmp_path):
     (tmp_path / "text.txt").write_text("".join(f"line {number}: the same words again\n" for number in range(2000)))
     out, alone = tmp_path / "two", tmp_path / "one"

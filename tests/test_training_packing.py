@@ -24,7 +24,7 @@ from training.step import init_state, make_evaluation_step, make_train_step
 
 
 @pytest.fixture(autouse=True)
-def standard_promotion(quick_compilation):
+def standard_promotion():
     """Optax raises a float to an integer power, which the strict rules forbid."""
     with jax.numpy_dtype_promotion("standard"):
         yield

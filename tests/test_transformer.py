@@ -155,7 +155,6 @@ def test_wrong_sizes():
         make()(jnp.zeros((1, 33), jnp.int32), key=KEY)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("readme", ["README.md", "models/README.md"])
 def test_readme_code_runs(readme):
     blocks = re.findall(r"```python\n(.*?)```", (pathlib.Path(__file__).parents[1] / readme).read_text(), re.DOTALL)
