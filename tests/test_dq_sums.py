@@ -12,6 +12,7 @@ import pytest
 from sparse_flash_jax.kernels.config import HopperBlocks
 from sparse_flash_jax.kernels.mosaic import dq_sums
 from sparse_flash_jax.kernels.mosaic.program import Program, Shapes
+from sparse_flash_jax.kernels.walks import Bounds
 
 BLOCK = HopperBlocks(2, 64, 2)
 SECONDS = 60  # within which no order takes this long to be gone through
@@ -75,13 +76,13 @@ def test_programs_add_in_one_order(monkeypatch, kind, keys, queries):
     shapes = Shapes(
         block=BLOCK, length=keys, column_tiles=-(-queries // 64), heads=1, group=1, members=1, last_first=True
     )
-    start, stop = bounds(kind, keys, queries)
+    seen = Bounds(*bounds(kind, keys, queries))
 
     def run(tile):
         try:
             program = program_of(shapes, tile)
-            visited = program.columns(0, start, stop)
-            order = dq_sums.Order(program, visited, start, stop, 0, counters)
+            visited = program.columns(0, seen)
+            order = dq_sums.Order(program, visited, seen, 0, counters)
             for j in range(int(visited.start), int(visited.stop)):
                 time.sleep(random.random() * 1e-3)
                 order.enter(j)
