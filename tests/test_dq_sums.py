@@ -93,7 +93,7 @@ def test_programs_add_in_one_order(monkeypatch, kind, keys, queries):
 
     threads = [threading.Thread(target=run, args=(tile,)) for tile in range(-(-keys // BLOCK.rows))]
     for thread in random.sample(threads, len(threads)):
-        thread.start()
+        thread.seen.start()
     for thread in threads:
         thread.join()
     assert not failures
@@ -101,6 +101,6 @@ def test_programs_add_in_one_order(monkeypatch, kind, keys, queries):
         tiles = [tile for tile, _ in entries]
         assert tiles == sorted(tiles, reverse=True), j
         assert [adds for _, adds in entries] == [False] + [True] * (len(tiles) - 1), j
-    runs = zip(start[0, 0].tolist(), stop[0, 0].tolist(), strict=True)
+    runs = zip(seen.start[0, 0].tolist(), seen.stop[0, 0].tolist(), strict=True)
     seen = {j for a, b in runs if b > a for j in range(a // 64, -(-b // 64))}
     assert seen <= history.keys()
