@@ -102,5 +102,5 @@ def test_programs_add_in_one_order(monkeypatch, kind, keys, queries):
         assert tiles == sorted(tiles, reverse=True), j
         assert [adds for _, adds in entries] == [False] + [True] * (len(tiles) - 1), j
     runs = zip(seen.start[0, 0].tolist(), seen.stop[0, 0].tolist(), strict=True)
-    seen = {j for a, b in runs if b > a for j in range(a // 64, -(-b // 64))}
-    assert seen <= history.keys()
+    touched = {j for a, b in runs if b > a for j in range(a // 64, -(-b // 64))}
+    assert touched <= history.keys()
