@@ -93,7 +93,7 @@ def test_programs_add_in_one_order(monkeypatch, kind, keys, queries):
 
     threads = [threading.Thread(target=run, args=(tile,)) for tile in range(-(-keys // BLOCK.rows))]
     for thread in random.sample(threads, len(threads)):
-        thread.seen.start()
+        thread.start()
     for thread in threads:
         thread.join()
     assert not failures
