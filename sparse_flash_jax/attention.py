@@ -12,7 +12,7 @@ from sparse_flash_jax.kernels.interval import permuted_attention
 from sparse_flash_jax.patterns import hash_sparse, qk_sparse
 from sparse_flash_jax.permute import restore
 from sparse_flash_jax.plan import AttentionPlan
-from sparse_flash_jax.validation import check_attention_inputs, check_scale
+from sparse_flash_jax.validation import check_attention_inputs, check_logits, check_scale
 
 
 @overload
@@ -23,6 +23,8 @@ def sparse_attention(
     plan: AttentionPlan,
     *,
     scale: float | None = ...,
+    soft_cap: float | None = ...,
+    sink_logits: Float[Array, " N"] | None = ...,
     implementation: str | None = ...,
     config: Config | None = ...,
     return_residual: Literal[False] = ...,
@@ -35,11 +37,25 @@ def sparse_attention(
     plan: AttentionPlan,
     *,
     scale: float | None = ...,
+    soft_cap: float | None = ...,
+    sink_logits: Float[Array, " N"] | None = ...,
     implementation: str | None = ...,
     config: Config | None = ...,
     return_residual: Literal[True],
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]: ...
-def sparse_attention(q, k, v, plan, *, scale=None, implementation=None, config=None, return_residual=False):
+def sparse_attention(
+    q,
+    k,
+    v,
+    plan,
+    *,
+    scale=None,
+    soft_cap=None,
+    sink_logits=None,
+    implementation=None,
+    config=None,
+    return_residual=False,
+):
     """Returns exact softmax attention over the pairs that the plan shows; what it hides costs no time.
 
         o[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j]      over the keys j that query i sees
@@ -53,6 +69,9 @@ def sparse_attention(q, k, v, plan, *, scale=None, implementation=None, config=N
         v: [B S K H] in q's dtype.
         plan: from `causal`, `packed`, `qk_sparse`, `hash_sparse` or `make_plan`, for these lengths and head counts.
         scale: static factor on the scores; None for 1 / sqrt(H).
+        soft_cap: static bound of the scores, which become soft_cap * tanh(score / soft_cap); None for none.
+        sink_logits: float [N], of each head the score of one more key, whose value is 0 and which all queries see that
+            see another, so that a query may attend to nothing; differentiable. None for none.
         implementation: "mosaic", "triton" or "xla"; None picks for the default device. A named one never falls back.
         config: tile sizes of the kernels (`kernels/config.py`), `HopperBlocks` for "mosaic", else `Blocks`;
             None for those that suit the shapes and the device.
@@ -60,17 +79,19 @@ def sparse_attention(q, k, v, plan, *, scale=None, implementation=None, config=N
 
     Returns:
         [B T N H] in q's dtype, 0 where a query sees nothing (gradients too). With return_residual also lse, float32
-        [B T N], natural log, -inf where a query sees nothing; gradients flow through it.
+        [B T N], natural log, the sink included, -inf where a query sees nothing; gradients flow through it.
 
     Raises:
         TypeError: if q, k, v are not of one supported dtype, or plan is not an AttentionPlan.
         ValueError: if shapes do not fit one another or the plan, or the implementation is unknown.
         NotImplementedError: if the named implementation cannot do this call.
 
-    Source: "Faster Causal Attention Over Large Sequences Through Sparse Flash Attention", arXiv 2306.01160.
+    Sources: "Faster Causal Attention Over Large Sequences Through Sparse Flash Attention", arXiv 2306.01160; soft caps
+        as in "Gemma 2", arXiv 2408.00118, and sinks as in "gpt-oss-120b & gpt-oss-20b Model Card", arXiv 2508.10925.
     """
     check_attention_inputs(q, k, v)
     check_scale(scale)
+    check_logits(soft_cap, sink_logits, q)
     check_implementation(implementation, q.dtype, q.shape[-1], config)
     _check_plan(plan, q, k)
 
@@ -82,11 +103,28 @@ def sparse_attention(q, k, v, plan, *, scale=None, implementation=None, config=N
         plan.queries,
         plan.keys,
         scale=scale,
+        soft_cap=soft_cap,
         implementation=implementation,
         config=config,
         long_runs=plan.long_runs,
     )
-    return (out, _restore_lse(lse, plan)) if return_residual else out
+    if not return_residual and sink_logits is None:
+        return out
+    lse = _restore_lse(lse, plan)
+    if sink_logits is not None:
+        out, lse = _with_sink(out, lse, sink_logits)
+    return (out, lse) if return_residual else out
+
+
+def _with_sink(
+    o: Float[Array, "B T N H"], lse: Float32[Array, "B T N"], sink: Float[Array, " N"]
+) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]:
+    """Outputs and log-sum-exp with one more score in each softmax, whose value is 0."""
+    some = lse > -jnp.inf
+    known = jnp.where(some, lse, 0.0)
+    total = jnp.logaddexp(known, sink.astype(jnp.float32)[None, None])
+    share = jnp.exp(known - total)[..., None]
+    return (o.astype(jnp.float32) * share).astype(o.dtype), jnp.where(some, total, -jnp.inf)
 
 
 def hash_sparse_attention(

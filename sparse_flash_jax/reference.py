@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32
 
-from sparse_flash_jax.validation import check_array, check_attention_inputs, check_scale
+from sparse_flash_jax.validation import check_array, check_attention_inputs, check_logits, check_scale
 
 
 @overload
@@ -18,6 +18,8 @@ def reference_attention(
     mask: Bool[Array, "#B #N T S"],
     *,
     scale: float | None = ...,
+    soft_cap: float | None = ...,
+    sink_logits: Float[Array, " N"] | None = ...,
     return_residual: Literal[False] = ...,
 ) -> Float[Array, "B T N H"]: ...
 @overload
@@ -28,9 +30,11 @@ def reference_attention(
     mask: Bool[Array, "#B #N T S"],
     *,
     scale: float | None = ...,
+    soft_cap: float | None = ...,
+    sink_logits: Float[Array, " N"] | None = ...,
     return_residual: Literal[True],
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]: ...
-def reference_attention(q, k, v, mask, *, scale=None, return_residual=False):
+def reference_attention(q, k, v, mask, *, scale=None, soft_cap=None, sink_logits=None, return_residual=False):
     """Returns softmax(scale * q k^T, where mask) v, computed in float32 with T x S scores.
 
     Args:
@@ -39,7 +43,10 @@ def reference_attention(q, k, v, mask, *, scale=None, return_residual=False):
         v: float [B S K H].
         mask: bool [B|1 N|1 T S], True where a query sees a key. A query that sees nothing outputs 0.
         scale: factor on the scores; None for 1 / sqrt(H).
-        return_residual: whether to also return the log-sum-exp of the visible scores.
+        soft_cap: bound of the scores, which become soft_cap * tanh(score / soft_cap); None for none.
+        sink_logits: [N], of each head the score of one more key, whose value is 0 and which all queries see that see
+            another; None for none.
+        return_residual: whether to also return the log-sum-exp of the visible scores, sink included.
 
     Returns:
         [B T N H] in q's dtype; with return_residual also lse float32 [B T N], natural log, -inf where nothing is seen.
@@ -50,6 +57,7 @@ def reference_attention(q, k, v, mask, *, scale=None, return_residual=False):
     """
     check_attention_inputs(q, k, v)
     check_scale(scale)
+    check_logits(soft_cap, sink_logits, q)
     check_array("mask", mask, "B N T S", (jnp.bool_,))
     batch, length, heads, head_dim = q.shape
     full = (batch, heads, length, k.shape[1])
@@ -58,12 +66,16 @@ def reference_attention(q, k, v, mask, *, scale=None, return_residual=False):
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     k, v = (jnp.repeat(x.astype(jnp.float32), heads // k.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), k, precision=lax.Precision.HIGHEST) * scale
+    scores = scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
     # Every -inf and division by zero is kept out of the differentiated path, not masked after it.
     some = jnp.any(mask, axis=-1, keepdims=True)
     top = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf, where=mask)
     top = lax.stop_gradient(jnp.where(some, top, 0.0))
     p = jnp.where(mask, jnp.exp(jnp.where(mask, scores - top, 0.0)), 0.0)
-    total = jnp.where(some, jnp.sum(p, axis=-1, keepdims=True), 1.0)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    if sink_logits is not None:
+        total += jnp.exp(sink_logits.astype(jnp.float32)[None, :, None, None] - top)
+    total = jnp.where(some, total, 1.0)
     out = jnp.einsum("bnts,bsnh->btnh", p / total, v, precision=lax.Precision.HIGHEST).astype(q.dtype)
     if not return_residual:
         return out

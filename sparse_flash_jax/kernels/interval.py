@@ -6,7 +6,7 @@ and so is the way of rows into slot order and back, which backward passes go thr
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,13 @@ ROWS_NAME = "sparse_attention_rows"
 _BY_POSITION, _BY_SLOT = ("b-n-", "b-k-", "b-k-"), ("bn--", "bk--", "bk--")
 
 
+class Scores(NamedTuple):
+    """What becomes of products before the softmax; static."""
+
+    scale: float
+    soft_cap: float | None
+
+
 def interval_attention(
     q: Float[Array, "B N T H"],
     k: Float[Array, "B K S H"],
@@ -47,6 +54,7 @@ def interval_attention(
     runs: Runs,
     *,
     scale: float | None = None,
+    soft_cap: float | None = None,
     implementation: str | None = None,
     config: Config | None = None,
     long_runs: bool = False,
@@ -59,6 +67,7 @@ def interval_attention(
         v: float [B K S H].
         runs: the run of each query, and its transpose.
         scale: static factor on the scores; None for 1 / sqrt(H).
+        soft_cap: static bound of the scores, which become soft_cap * tanh(score / soft_cap); None for none.
         implementation: "mosaic", "triton" or "xla"; None picks for the device.
         config: tile sizes, `HopperBlocks` for "mosaic" and `Blocks` for the others; None for those that suit the shapes
             and the device. `Config.interpret` runs GPU kernels in Pallas' interpreter, on any device.
@@ -71,7 +80,8 @@ def interval_attention(
         ValueError: if the implementation is unknown.
         NotImplementedError: if the named implementation cannot do it.
     """
-    return _call(q, k, v, runs, None, scale=scale, implementation=implementation, config=config, long_runs=long_runs)
+    options = {"implementation": implementation, "config": config, "long_runs": long_runs}
+    return _call(q, k, v, runs, None, scale=scale, soft_cap=soft_cap, **options)
 
 
 def permuted_attention(
@@ -83,6 +93,7 @@ def permuted_attention(
     keys: Permutation | None,
     *,
     scale: float | None = None,
+    soft_cap: float | None = None,
     implementation: str | None = None,
     config: Config | None = None,
     long_runs: bool = False,
@@ -99,6 +110,7 @@ def permuted_attention(
         queries: slots of the queries; None where slots are positions.
         keys: slots of the keys.
         scale: as in `interval_attention`.
+        soft_cap: as in `interval_attention`.
         implementation: as in `interval_attention`.
         config: as in `interval_attention`.
         long_runs: as in `interval_attention`.
@@ -109,12 +121,11 @@ def permuted_attention(
     Raises:
         ValueError, NotImplementedError: as `interval_attention`.
     """
-    return _call(
-        q, k, v, runs, (queries, keys), scale=scale, implementation=implementation, config=config, long_runs=long_runs
-    )
+    options = {"implementation": implementation, "config": config, "long_runs": long_runs}
+    return _call(q, k, v, runs, (queries, keys), scale=scale, soft_cap=soft_cap, **options)
 
 
-def _call(q, k, v, runs, orders, *, scale, implementation, config, long_runs):
+def _call(q, k, v, runs, orders, *, scale, soft_cap, implementation, config, long_runs):
     check_implementation(implementation, q.dtype, q.shape[-1], config)
     if implementation is None:
         implementation = pick_implementation(q.dtype, q.shape[-1], config, runs)
@@ -130,22 +141,22 @@ def _call(q, k, v, runs, orders, *, scale, implementation, config, long_runs):
         orders = tuple(identity(x.shape[1]) if side is None else side for x, side in zip((q, k), orders, strict=True))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     operands = vary_alike((q, k, v, runs, orders))
-    return _attention(*operands, scale, implementation, config)
+    return _attention(*operands, Scores(scale, None if soft_cap is None else float(soft_cap)), implementation, config)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attention(q, k, v, runs, orders, scale, implementation, config):
-    return _forward(q, k, v, runs, orders, scale, implementation, config)[0]
+def _attention(q, k, v, runs, orders, scores, implementation, config):
+    return _forward(q, k, v, runs, orders, scores, implementation, config)[0]
 
 
-def _forward(q, k, v, runs, orders, scale, implementation, config):
+def _forward(q, k, v, runs, orders, scores, implementation, config):
     if orders is None:
-        o, lse = _attend(q, k, v, runs, None, scale, implementation, config)
+        o, lse = _attend(q, k, v, runs, None, scores, implementation, config)
     else:
         rows = row_kernels(implementation, interpret=config.interpret)
         q, k, v = _to_slots(q, k, v, orders, rows, whole_slots(implementation))
         q, k, v = (checkpoint_name(x, ROWS_NAME) for x in (q, k, v))
-        o, lse = _attend(q, k, v, runs, orders, scale, implementation, config)
+        o, lse = _attend(q, k, v, runs, orders, scores, implementation, config)
     o, lse = (checkpoint_name(x, name) for x, name in zip((o, lse), RESIDUAL_NAMES, strict=True))
     return (o, lse), (q, k, v, runs, orders, o, lse)
 
@@ -166,8 +177,8 @@ def _extended(runs: Runs, q: Float[Array, "B N T H"], k: Float[Array, "B K S H"]
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7))
-def _attend(q, k, v, runs, orders, scale, implementation, config):
-    forward = functools.partial(kernels_of(implementation).forward, scale=scale, config=config)
+def _attend(q, k, v, runs, orders, scores, implementation, config):
+    forward = functools.partial(kernels_of(implementation).forward, **scores._asdict(), config=config)
 
     def attend(q, k, v, runs, orders):
         if orders is None:
@@ -184,17 +195,17 @@ def _attend(q, k, v, runs, orders, scale, implementation, config):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _backward(scale, implementation, config, residuals, cotangents):
+def _backward(scores, implementation, config, residuals, cotangents):
     q, k, v, runs, orders, o, lse = residuals
     operands = q, k, v, runs, orders, o, lse, *cotangents
     o_letters, by = _o_letters(orders), _BY_SLOT if orders is None else _BY_POSITION
     axes = *_BY_SLOT, _runs_letters(runs), _letters(orders), o_letters, "bn-", o_letters, "bn-"
-    gradients = functools.partial(_gradients, scale, implementation, config)
+    gradients = functools.partial(_gradients, scores, implementation, config)
     divisible = not config.interpret
     return *by_batch_and_head(gradients, operands, axes, by, summed=True, divisible=divisible), None, None
 
 
-def _gradients(scale, implementation, config, q, k, v, runs, orders, o, lse, do, dlse):
+def _gradients(scores, implementation, config, q, k, v, runs, orders, o, lse, do, dlse):
     rows = row_kernels(implementation, interpret=config.interpret)
     if orders is None:
         delta = sum_of_products(o, do)
@@ -213,10 +224,10 @@ def _gradients(scale, implementation, config, q, k, v, runs, orders, o, lse, do,
         written = tuple(order_to_write(implementation, config, side) for side in orders)
         written = (None, None) if None in written else written
     if config.fused:
-        dq, dk, dv = kernels.backward(*operands, scale=scale, config=config)
+        dq, dk, dv = kernels.backward(*operands, **scores._asdict(), config=config)
     else:
-        dq = kernels.backward_dq(*operands, scale=scale, config=config, **_given(written[0]))
-        dk, dv = kernels.backward_dkv(*operands, scale=scale, config=config, **_given(written[1]))
+        dq = kernels.backward_dq(*operands, **scores._asdict(), config=config, **_given(written[0]))
+        dk, dv = kernels.backward_dkv(*operands, **scores._asdict(), config=config, **_given(written[1]))
     if orders is not None and written == (None, None):
         dq, dk, dv = to_positions((dq, dk, dv), (orders[0], orders[1], orders[1]), rows)
     return dq, dk, dv

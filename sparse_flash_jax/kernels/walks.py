@@ -6,6 +6,7 @@ steps are tiles, and nothing of this is in a kernel.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32
@@ -57,6 +58,7 @@ def of_keys(runs: Runs) -> Side:
     return side._replace(index=lists.query_index, count=lists.query_count, blocks=sizes)
 
 
+@jax.jit
 def keys_of_queries(runs: Runs) -> Int32[Array, "b a T"]:
     """Returns how many keys each query sees."""
     if runs.blocks is None:

@@ -30,6 +30,7 @@ def forward(
     *,
     scale: float,
     config: Config[Blocks],
+    soft_cap: float | None = None,
 ) -> tuple[Float[Array, "B N T H"], Float32[Array, "B N T"]]:
     """Returns o in q's dtype, and lse with -inf where a row sees nothing."""
     batch, heads, length, _ = q.shape
@@ -42,7 +43,7 @@ def forward(
         def step(j, carry, *, visible):
             top, total, o = carry
             kj, vj = (_block(x, head, j, block.columns) for x in (k, v))  # [columns, H]
-            s = scale * _dot("rh,ch->rc", q, kj)
+            s, _ = _capped(scale * _dot("rh,ch->rc", q, kj), soft_cap)
             s = _where(visible, s, LOWEST)
             new_top = jnp.maximum(top, jnp.max(s, axis=1))
             p = _where(visible, jnp.exp(s - new_top[:, None]), 0.0)
@@ -73,6 +74,7 @@ def backward_dq(
     *,
     scale: float,
     config: Config[Blocks],
+    soft_cap: float | None = None,
 ) -> Float[Array, "B N T H"]:
     """Returns dq in q's dtype; `delta` is sum(o * do) less the cotangent of lse."""
     batch, heads, length, _ = q.shape
@@ -84,9 +86,10 @@ def backward_dq(
 
         def step(j, dq, *, visible):
             kj, vj = (_block(x, head, j, block.columns) for x in (k, v))  # [columns, H]
-            p = jnp.exp(scale * _dot("rh,ch->rc", q, kj) - lse[:, None])
+            s, slope = _capped(scale * _dot("rh,ch->rc", q, kj), soft_cap)
+            p = jnp.exp(s - lse[:, None])
             ds = p * (_dot("rh,ch->rc", do, vj) - delta[:, None])
-            ds = _where(visible, ds, 0.0)
+            ds = _where(visible, ds if slope is None else ds * slope, 0.0)
             return dq + _dot("rc,ch->rh", ds.astype(kj.dtype), kj)
 
         dq = seen.sweep(step, block.columns, jnp.zeros_like(q, dtype=jnp.float32))
@@ -109,6 +112,7 @@ def backward_dkv(
     *,
     scale: float,
     config: Config[Blocks],
+    soft_cap: float | None = None,
 ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
     """Returns dk and dv in k's dtype: the same loop over the transposed runs, summed over the heads of a group."""
     batch, key_heads, length, _ = k.shape
@@ -122,9 +126,10 @@ def backward_dkv(
         def step(i, carry, *, member, visible):
             dk, dv = carry
             qi, lse_i, do_i, delta_i = (_block(x, head + member, i, block.columns) for x in (q, lse, do, delta))
-            p = jnp.exp(scale * _dot("rh,ch->rc", k, qi) - lse_i[None])
-            p = _where(visible, p, 0.0)
-            ds = _where(visible, p * (_dot("rh,ch->rc", v, do_i) - delta_i[None]), 0.0)
+            s, slope = _capped(scale * _dot("rh,ch->rc", k, qi), soft_cap)
+            p = _where(visible, jnp.exp(s - lse_i[None]), 0.0)
+            ds = p * (_dot("rh,ch->rc", v, do_i) - delta_i[None])
+            ds = _where(visible, ds if slope is None else ds * slope, 0.0)
             dk = dk + _dot("rc,ch->rh", ds.astype(qi.dtype), qi)
             return dk, dv + _dot("rc,ch->rh", p.astype(do_i.dtype), do_i)
 
@@ -227,6 +232,14 @@ def _seen(side: walks.Side, axes: tuple[int, int], block: Blocks) -> _Seen:
         None if limit is None else of_tiles(limit),
         of_columns // block.columns,
     )
+
+
+def _capped(s: Float32[Array, "rows columns"], soft_cap: float | None) -> tuple[Array, Array | None]:
+    """Scores under a soft cap, and the slope there; None of no cap."""
+    if soft_cap is None:
+        return s, None
+    bent = jnp.tanh(s / soft_cap)
+    return soft_cap * bent, 1.0 - bent * bent
 
 
 def _where(visible: Bool[Array, "rows columns"] | None, x: Float32[Array, "rows columns"], hidden: float):

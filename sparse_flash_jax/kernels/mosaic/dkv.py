@@ -69,6 +69,7 @@ def _dkv_kernel(
     *refs,
     parts: str,
     scale: float,
+    soft_cap: float | None,
     shapes: Shapes,
 ):
     """Computes dk, dv, both, or dq (in float32, before its scale) with them: `parts` is "k", "v", "kv" or "qkv"."""
@@ -127,19 +128,22 @@ def _dkv_kernel(
                 multiply(dp_ref, v_rows, do_ring.at[slot(j)], stage, transposed=True)
 
             def weights(s_ref, j, masked, behind):
-                """p of a step, `behind` products issued after that of its scores."""
+                """p of a step, `behind` products issued after that of its scores; and scores over their soft cap."""
                 s = plgpu.wgmma_accumulator_load(s_ref, wait_n=behind)
                 lse_row = by_column(lse_ring, j) if absent is None else by_column(lse_ring, j) + absent
-                s = s * (scale * LOG2E) - spread_columns(lse_row, tile)
+                bent = None if soft_cap is None else jnp.tanh(s * (scale / soft_cap))
+                s = s * (scale * LOG2E) if bent is None else bent * (soft_cap * LOG2E)
                 first = tile_at(j) * block.columns if masked else None
-                return jnp.exp2(hide_unseen(s, LOWEST, edges, first, None, masked))
+                p = jnp.exp2(hide_unseen(s - spread_columns(lse_row, tile), LOWEST, edges, first, None, masked))
+                return p, bent
 
-            def gradient(p, dp_ref, j, behind):
+            def gradient(p, bent, dp_ref, j, behind):
                 """ds of a step, `behind` products issued after that of dp."""
                 if short_p:
                     p = p.astype(dtype)
                 p, dp = lax.optimization_barrier((p, plgpu.wgmma_accumulator_load(dp_ref, wait_n=behind)))
-                return (p.astype(jnp.float32) * (dp - spread_columns(by_column(delta_ring, j), tile))).astype(dtype)
+                ds = p.astype(jnp.float32) * (dp - spread_columns(by_column(delta_ring, j), tile))
+                return (ds if bent is None else ds * (1.0 - bent * bent)).astype(dtype)
 
             def release(j):
                 plgpu.wgmma_wait(0)
@@ -154,13 +158,13 @@ def _dkv_kernel(
                     plgpu.barrier_wait(do_ready.at[slot(j)])
                     if "k" in parts and not late:
                         issue_dp(j, dp_ref)
-                    p = weights(s_ref, j, masked, behind=0 if late else len(products) - 1)
+                    p, bent = weights(s_ref, j, masked, behind=0 if late else len(products) - 1)
                     turns.give()  # only now: the others' first products then run under what follows here
                     if "k" in parts and late:
                         issue_dp(j, dp_ref)
                     if "v" in parts:
                         multiply(sums["v"], p.astype(dtype), do_ring.at[slot(j)], stage)
-                    return gradient(p, dp_ref, j, behind=len(parts) - 1) if "k" in parts else None
+                    return gradient(p, bent, dp_ref, j, behind=len(parts) - 1) if "k" in parts else None
 
                 products = [product(tile)] * (2 if "k" in parts else 1)
                 ds = pl.run_scoped(scoped, *products)
@@ -224,13 +228,18 @@ def backward_dkv(
     *,
     scale: float,
     config: Config[HopperBlocks],
+    soft_cap: float | None = None,
     order: Int32[Array, "#B #K C"] | None = None,
 ) -> tuple[Float[Array, "B K S H"] | Float[Array, "B C K H"], ...]:
     """Returns dk and dv in k's dtype, summed over a group's query heads; [B C K H] by position, given the order."""
     # From head dim 192 on the registers hold one of the two sums.
     launches = ("kv",) if k.shape[3] <= 128 else ("k", "v")
     operands = (q, k, v, runs, lse, do, delta)
-    dk, dv = (x for parts in launches for x in _dkv(parts, *operands, scale=scale, config=config, order=order))
+    dk, dv = (
+        x
+        for parts in launches
+        for x in _dkv(parts, *operands, scale=scale, soft_cap=soft_cap, config=config, order=order)
+    )
     return dk, dv
 
 
@@ -245,12 +254,13 @@ def backward(
     *,
     scale: float,
     config: Config[HopperBlocks],
+    soft_cap: float | None = None,
 ) -> tuple[Float[Array, "B N T H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
     """Returns dq, dk and dv from one kernel, with the tile of `config.dkv`; for head dims up to `FUSED_HEAD_DIM`."""
 
     @jax.custom_batching.custom_vmap
     def folded(q, k, v, runs, lse, do, delta):
-        return tuple(_dkv("qkv", q, k, v, runs, lse, do, delta, scale=scale, config=config))
+        return tuple(_dkv("qkv", q, k, v, runs, lse, do, delta, scale=scale, soft_cap=soft_cap, config=config))
 
     @folded.def_vmap
     def _(size, batched, *operands):
@@ -271,7 +281,7 @@ def backward(
     return jnp.where(sees, by_bounds * scale, 0.0).astype(q.dtype).reshape(q.shape), dk, dv
 
 
-def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, config, order=None):
+def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, soft_cap, config, order=None):
     block, head_dim = config.dkv, padded_head_dim(k.shape[3])
     held, both = row_buffers(block), 2 if "k" in parts else 1
     q_ready, do_ready, free = ready_barriers(block, 2), ready_barriers(block, both), free_barriers(block)
@@ -305,6 +315,7 @@ def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, config, order=None):
         [like[part] for part in parts],
         scratch,
         scale=scale,
+        soft_cap=soft_cap,
         block=block,
         last_first="q" in parts,
         config=config,

@@ -61,6 +61,7 @@ def _dq_kernel(
     stage=None,
     *,
     scale: float,
+    soft_cap: float | None,
     shapes: Shapes,
 ):
     program, block = Program(shapes), shapes.block
@@ -98,7 +99,9 @@ def _dq_kernel(
                 multiply(dp_ref, do_tile.at[here], v_ring.at[slot(j)], stage, transposed=True)
                 turns.give()
                 s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-                s = s * (scale * LOG2E) - spread_rows(lse_row, tile)
+                bent = None if soft_cap is None else jnp.tanh(s * (scale / soft_cap))
+                s = s * (scale * LOG2E) if bent is None else bent * (soft_cap * LOG2E)
+                s = s - spread_rows(lse_row, tile)
                 if masked:
                     column_tile = tile_at(j)
                     first, limit = column_tile * block.columns, program.limit(bounds, column_tile)
@@ -106,7 +109,8 @@ def _dq_kernel(
                 p = jnp.exp2(s)
                 dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=0)
                 plgpu.barrier_arrive(v_free.at[slot(j)])
-                return (p * (dp - spread_rows(delta_row, tile))).astype(dtype)
+                ds = p * (dp - spread_rows(delta_row, tile))
+                return (ds if bent is None else ds * (1.0 - bent * bent)).astype(dtype)
 
             ds = pl.run_scoped(gradient, product(tile), product(tile))
             multiply(acc, ds, k_ring.at[slot(j)], stage)
@@ -142,6 +146,7 @@ def backward_dq(
     *,
     scale: float,
     config: Config[HopperBlocks],
+    soft_cap: float | None = None,
     order: Int32[Array, "#B #N C"] | None = None,
 ) -> Float[Array, "B N T H"] | Float[Array, "B C N H"]:
     """Returns dq in q's dtype, [B C N H] by position given the order; `delta` is sum(o * do) less lse's cotangent."""
@@ -160,6 +165,7 @@ def backward_dq(
         (q,),
         (own, own, ring, ring, plgpu.Barrier(num_arrivals=2, num_barriers=held), ready, ready, free, free, turn),
         scale=scale,
+        soft_cap=soft_cap,
         block=block,
         last_first=True,
         config=config,

@@ -64,13 +64,14 @@ def _kernel(
     stage=None,
     *,
     scale: float,
+    soft_cap: float | None,
     shapes: Shapes,
 ):
     program, block = Program(shapes), shapes.block
     b, n = program.batch, program.head
     head_dim, dtype = q.shape[3], q.dtype
     tile = (WARPGROUP_ROWS, block.columns)
-    factor = scale * LOG2E
+    factor = (scale if soft_cap is None else soft_cap) * LOG2E
     late = factor > 1e-6  # exp2 takes the factor in where it keeps the order of scores, and what hides them finite
     left = factor if late else 1.0
     stage = None if stage is None else stage.at[program.warpgroup]
@@ -90,6 +91,8 @@ def _kernel(
         plgpu.barrier_wait(q_ready.at[own])
 
         def softmax(s, top, total, j, masked):
+            if soft_cap is not None:
+                s = jnp.tanh(s * (scale / soft_cap))
             if masked:
                 column_tile = tile_at(j)
                 first, limit = column_tile * block.columns, program.limit(bounds, column_tile)
@@ -216,6 +219,7 @@ def forward(
     *,
     scale: float,
     config: Config[HopperBlocks],
+    soft_cap: float | None = None,
     order: Int32[Array, "#B #N C"] | None = None,
 ) -> tuple[Float[Array, "B N T H"] | Float[Array, "B C N H"], Float32[Array, "B N T"]]:
     """Returns o in q's dtype, and lse with -inf where a row sees nothing; o [B C N H] by position, given the order."""
@@ -245,6 +249,7 @@ def forward(
             plgpu.Barrier(num_barriers=block.warpgroups),
         ),
         scale=scale,
+        soft_cap=soft_cap,
         block=block,
         last_first=True,
         config=config,

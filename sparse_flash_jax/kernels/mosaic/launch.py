@@ -37,6 +37,7 @@ def launch(
     scratch: Sequence[Any],
     *,
     scale: float,
+    soft_cap: float | None,
     block: HopperBlocks,
     last_first: bool,
     config: Config[HopperBlocks],
@@ -49,7 +50,7 @@ def launch(
     Args:
         kernel: takes refs of `Bounds`, the order (or None), `rows`, `columns`, `outputs` (the last three padded) and
             `scratch`; in the interpreter one more, of shared memory for operands that it cannot take from
-            registers; and by keyword scale and shapes.
+            registers; and by keyword scale, soft_cap and shapes.
         side: what each row sees of the columns.
         order: position of each row that has one; outputs with a head dim are then [B T A H], by position, for as many
             positions. None leaves them by slot.
@@ -58,6 +59,7 @@ def launch(
         outputs: of their shapes and dtypes, [B A L H] or [B A L].
         scratch: shared memory and barriers.
         scale: factor on the scores.
+        soft_cap: of the scores, or None.
         block: the tile.
         last_first: whether programs start from the last tile of rows.
         config: which says whether to interpret.
@@ -94,7 +96,7 @@ def launch(
     def body(*refs):
         bounds, refs = jax.tree.unflatten(tree, refs[: len(of_bounds)]), refs[len(of_bounds) :]
         before = refs if order is not None else (None, *refs)
-        kernel(bounds, *before, scale=scale, shapes=shapes)
+        kernel(bounds, *before, scale=scale, soft_cap=soft_cap, shapes=shapes)
 
     body.__name__ = name
     interpreted = {}

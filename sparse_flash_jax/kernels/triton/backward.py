@@ -18,7 +18,9 @@ from sparse_flash_jax.kernels.triton.sight import Sight
 from sparse_flash_jax.kernels.walks import of_keys, of_queries
 
 
-def _dq_kernel(order, bounds, q, do, lse, delta, k, v, dq, *, scale, block, heads, group, tiles, listed, precision):
+def _dq_kernel(
+    order, bounds, q, do, lse, delta, k, v, dq, *, scale, block, heads, group, tiles, listed, precision, soft_cap
+):
     b, n, i = launch.place(order, heads, tiles)
     rows = pl.ds(i * block.rows, block.rows)
     sight = Sight(bounds, listed, b, n, heads, i, rows, block)
@@ -29,9 +31,10 @@ def _dq_kernel(order, bounds, q, do, lse, delta, k, v, dq, *, scale, block, head
     def step(j, acc, *, masked):
         columns = pl.ds(j * block.columns, block.columns)
         k_tile, v_tile = k[b, head, columns, :], v[b, head, columns, :]  # [columns, H]
-        s = launch.dot(q_tile, k_tile, contract=(1, 1), precision=precision) * (scale * LOG2E)
+        s, slope = launch.scores(launch.dot(q_tile, k_tile, contract=(1, 1), precision=precision), scale, soft_cap)
         p = jnp.exp2(s - lse_row[:, None])
         ds = p * (launch.dot(do_tile, v_tile, contract=(1, 1), precision=precision) - delta_row[:, None])
+        ds = ds if slope is None else ds * slope
         if masked:
             ds = jnp.where(sight.visible(j), ds, 0.0)
         return acc + launch.dot(ds.astype(k_tile.dtype), k_tile, contract=(1, 0), precision=precision)
@@ -41,7 +44,7 @@ def _dq_kernel(order, bounds, q, do, lse, delta, k, v, dq, *, scale, block, head
 
 
 def _dkv_kernel(
-    order, bounds, k, v, q, do, lse, delta, dk, dv, *, scale, block, heads, group, tiles, listed, precision
+    order, bounds, k, v, q, do, lse, delta, dk, dv, *, scale, block, heads, group, tiles, listed, precision, soft_cap
 ):
     b, head, i = launch.place(order, heads // group, tiles)
     rows = pl.ds(i * block.rows, block.rows)
@@ -56,10 +59,10 @@ def _dkv_kernel(
             columns = pl.ds(j * block.columns, block.columns)
             q_tile, do_tile = q[b, n, columns, :], do[b, n, columns, :]  # [columns, H]
             lse_column, delta_column = lse[b, n, columns] * LOG2E, delta[b, n, columns]  # [columns]
-            s = launch.dot(k_tile, q_tile, contract=(1, 1), precision=precision) * (scale * LOG2E)
+            s, slope = launch.scores(launch.dot(k_tile, q_tile, contract=(1, 1), precision=precision), scale, soft_cap)
             p = jnp.exp2(s - lse_column[None, :])
             dp = launch.dot(v_tile, do_tile, contract=(1, 1), precision=precision) - delta_column[None, :]
-            ds = p * dp
+            ds = p * dp if slope is None else p * dp * slope
             if masked:
                 seen = sight.visible(j)
                 p, ds = jnp.where(seen, p, 0.0), jnp.where(seen, ds, 0.0)
@@ -87,6 +90,7 @@ def backward_dq(
     *,
     scale: float,
     config: Config[Blocks],
+    soft_cap: float | None = None,
 ) -> Float[Array, "B N T H"]:
     """Returns dq in q's dtype; `delta` is sum(o * do) less the cotangent of lse."""
     (dq,) = launch.launch(
@@ -96,6 +100,7 @@ def backward_dq(
         (k, v),
         (q,),
         scale=scale,
+        soft_cap=soft_cap,
         block=config.dq,
         last_first=True,
         config=config,
@@ -115,6 +120,7 @@ def backward_dkv(
     *,
     scale: float,
     config: Config[Blocks],
+    soft_cap: float | None = None,
 ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
     """Returns dk and dv in k's dtype, summed over the query heads of a group."""
     dk, dv = launch.launch(
@@ -124,6 +130,7 @@ def backward_dkv(
         (q, do, lse, delta),
         (k, v),
         scale=scale,
+        soft_cap=soft_cap,
         block=config.dkv,
         last_first=False,
         config=config,

@@ -19,7 +19,7 @@ from sparse_flash_jax.kernels.triton.sight import Sight
 from sparse_flash_jax.kernels.walks import of_queries
 
 
-def _kernel(order, bounds, q, k, v, o, lse, *, scale, block, heads, group, tiles, listed, precision):
+def _kernel(order, bounds, q, k, v, o, lse, *, scale, block, heads, group, tiles, listed, precision, soft_cap):
     b, n, i = launch.place(order, heads, tiles)
     rows = pl.ds(i * block.rows, block.rows)
     sight = Sight(bounds, listed, b, n, heads, i, rows, block)
@@ -30,7 +30,7 @@ def _kernel(order, bounds, q, k, v, o, lse, *, scale, block, heads, group, tiles
         top, total, acc = carry
         columns = pl.ds(j * block.columns, block.columns)
         k_tile, v_tile = k[b, head, columns, :], v[b, head, columns, :]  # [columns, H]
-        s = launch.dot(q_tile, k_tile, contract=(1, 1), precision=precision) * (scale * LOG2E)
+        s, _ = launch.scores(launch.dot(q_tile, k_tile, contract=(1, 1), precision=precision), scale, soft_cap)
         seen = sight.visible(j) if masked else None
         s = s if seen is None else jnp.where(seen, s, LOWEST)
         new_top = jnp.maximum(top, jnp.max(s, axis=1))
@@ -57,6 +57,7 @@ def forward(
     *,
     scale: float,
     config: Config[Blocks],
+    soft_cap: float | None = None,
 ) -> tuple[Float[Array, "B N T H"], Float32[Array, "B N T"]]:
     """Returns o in q's dtype, and lse with -inf where a row sees nothing."""
     o, lse = launch.launch(
@@ -66,6 +67,7 @@ def forward(
         (k, v),
         (q, jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)),
         scale=scale,
+        soft_cap=soft_cap,
         block=config.forward,
         last_first=True,
         config=config,

@@ -14,6 +14,7 @@ from jaxtyping import Array, Int32
 
 from sparse_flash_jax.kernels.config import Blocks, Config, operand_side
 from sparse_flash_jax.kernels.padding import pad, padded_shape
+from sparse_flash_jax.kernels.tiles import LOG2E
 from sparse_flash_jax.kernels.walks import Side, bounds_of
 
 _SMALLEST = 16  # side of a product's operands
@@ -27,6 +28,7 @@ def launch(
     outputs: Sequence[Array | jax.ShapeDtypeStruct],
     *,
     scale: float,
+    soft_cap: float | None,
     block: Blocks,
     last_first: bool,
     config: Config[Blocks],
@@ -36,13 +38,14 @@ def launch(
 
     Args:
         kernel: takes refs, whole and in global memory, of the order of tiles, of `Bounds`, `rows`, `columns` and
-            `outputs`, the last three padded; by keyword scale, block, heads (N), group (N / K), tiles, listed and
-            precision.
+            `outputs`, the last three padded; by keyword scale, soft_cap, block, heads (N), group (N / K),
+            tiles, listed and precision.
         side: what each row sees of the columns.
         rows: [B N|K L H] or [B N L]: what a tile of rows holds of its own.
         columns: [B K|N M H] or [B N M]: what streams past it.
         outputs: of their shapes and dtypes, with the rows' batch, heads and length.
         scale: factor on the scores.
+        soft_cap: of the scores, or None.
         block: the tile.
         last_first: whether later tiles, of runs of equal length, start before earlier ones: the longest of a causal
             head are the last tiles of queries, and the first of keys.
@@ -63,6 +66,7 @@ def launch(
         functools.partial(
             kernel,
             scale=scale,
+            soft_cap=soft_cap,
             block=block,
             heads=heads,
             group=heads // key_heads,
@@ -150,6 +154,14 @@ def place(order_ref: Any, heads: int, tiles: int) -> tuple[Array, Array, Array]:
     program = order_ref[pl.program_id(0)]
     row = lax.div(program, jnp.int32(tiles))
     return lax.div(row, jnp.int32(heads)), lax.rem(row, jnp.int32(heads)), lax.rem(program, jnp.int32(tiles))
+
+
+def scores(s: Array, scale: float, soft_cap: float | None) -> tuple[Array, Array | None]:
+    """Returns products as scores in base 2, under a soft cap if there is one, and the cap's slope there."""
+    if soft_cap is None:
+        return s * (scale * LOG2E), None
+    bent = jnp.tanh(s * (scale / soft_cap))
+    return bent * (soft_cap * LOG2E), 1.0 - bent * bent
 
 
 def dot(a: Array, b: Array, *, contract: tuple[int, int], precision: Any) -> Array:
