@@ -12,8 +12,8 @@ from selection import Case, Shape, causal
 from timing import measure
 
 from models.transformer import TransformerConfig
-from sparse_flash_jax.flax.heads import normalise
 from sparse_flash_jax.flax.nnx import SparseSelfAttention
+from sparse_flash_jax.flax.shared_keys import normalise
 from sparse_flash_jax.patterns import causal as causal_plan
 from training.config import BatchConfig, TrainConfig
 from training.presets import PRESETS

@@ -18,11 +18,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Int32
 
 import sparse_flash_jax as sfj
-from sparse_flash_jax.kernels.tiles import tile_range
+from sparse_flash_jax.kernels.tiles import Runs, tile_range
+from sparse_flash_jax.kernels.walks import of_queries, tile_at, walk_of
+from sparse_flash_jax.plan import mask_of_runs
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 PALETTE = (BLUE, ORANGE, GREEN, PINK, SKY, RED)  # told apart by the colour-blind too (Okabe and Ito)
 INK, GRID, WASTED, HIDDEN = "#222222", "#E4E4E4", "#D9D9D9", "#FFFFFF"
+COLUMNS = 9  # patterns side by side in a figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +54,14 @@ class Picture:
         return f"{self.by_position.mean():.0%} of pairs visible, {self.tiles}"
 
 
-def patterns(length: int, seed: int) -> Iterator[tuple[str, sfj.AttentionPlan, Int32[Array, "1 T 1"]]]:
-    """Yields title, plan and colour groups of each pattern; queries and keys are of one sequence."""
+def patterns(length: int, seed: int, block: int) -> Iterator[tuple[str, sfj.AttentionPlan, Int32[Array, "1 T 1"]]]:
+    """Yields title, plan and colour groups of each pattern; queries and keys are of one sequence.
+
+    Args:
+        length: tokens.
+        seed: of buckets, dropped tokens and blocks.
+        block: tokens along a side of a tile, of which listed blocks are made.
+    """
     keys = jax.random.split(jax.random.key(seed), 3)
     bucket = jax.random.randint(keys[0], (1, length, 1), 0, 4, jnp.int32)
     query_keep, key_keep = (sfj.random_keep(key, (1, length, 1), 0.5) for key in keys[1:])
@@ -71,28 +80,65 @@ def patterns(length: int, seed: int) -> Iterator[tuple[str, sfj.AttentionPlan, I
     yield "packed, 2 buckets", sfj.make_plan(query_group=both, key_group=both), both
     yield "packed, window", sfj.packed(document, window=window), document[..., None]
     yield "hash-sparse, bidirectional", sfj.hash_sparse(bucket, bucket, causal=False), bucket
+    far = sfj.causal(length, query_offset=-3 * window)
+    yield "chunked", sfj.chunked(length, length // 4), position[..., None] // (length // 4)
+    yield "dilated", sfj.dilated(length, 3), position[..., None] % 3
+    yield "sinks_and_window", sfj.sinks_and_window(length, length // 12, window), one
+    yield (
+        "sinks_and_window, packed",
+        (sfj.sinks_and_window(length, length // 12, length // 12, segment_ids=document)),
+        document[..., None],
+    )
+    yield "prefix_lm", sfj.prefix_lm(position < length // 4), one
+    yield "union of a window, and what is far", sfj.union(sfj.causal(length, window=window), far), one
+    size = block * max(round(length / 12 / block), 1)
+    count = -(-length // size)
+    draw = jax.random.split(keys[0], 3)
+    mask = jax.random.bernoulli(draw[0], 0.4, (1, 1, count, count))
+    q, k = (jax.random.normal(each, (1, length, 1, 8)) for each in draw[1:])
+    yield "block_sparse", sfj.block_sparse(mask, size, query_length=length, key_length=length), one
+    yield "block_top_k", sfj.block_top_k(q, k, size, 3), one
 
 
 def picture(title: str, plan: sfj.AttentionPlan, group: Int32[Array, "1 T 1"], block: int) -> Picture:
     """Reads the masks and the tiles off a plan."""
-    start, stop = plan.runs.k_start[0, 0], plan.runs.k_stop[0, 0]
-    slots = len(start)
-    first = jnp.arange(0, slots, block)
-    last = jnp.minimum(first + block, slots) - 1
-    tiles = tile_range(start[first], stop[first], start[last], stop[last], block)
-    tile = np.arange(-(-plan.runs.q_start.shape[-1] // block))
-    slot = np.arange(plan.runs.q_start.shape[-1])
+    visited, full = _tiles(plan.runs, block)
     colour = np.asarray(group[0, :, 0])
     return Picture(
         title=title,
         by_position=np.asarray(plan.mask()[0, 0]),
-        by_slot=_between(slot, start, stop),
-        visited=_between(tile, tiles.start, tiles.stop),
-        full=_between(tile, tiles.full_start, tiles.full_stop),
+        by_slot=np.asarray(mask_of_runs(plan.runs)[0, 0]),
+        visited=visited,
+        full=full,
         block=block,
         group=colour,
         slot_group=colour if plan.query_order is None else colour[np.asarray(plan.query_order[0, 0])],
     )
+
+
+def _tiles(runs: Runs, block: int) -> tuple[Bool[np.ndarray, "tiles_q tiles_k"], Bool[np.ndarray, "tiles_q tiles_k"]]:
+    """The tiles that a pass over queries visits, and those of them that are wholly visible."""
+    side, tile = of_queries(runs), np.arange(-(-runs.q_start.shape[-1] // block))
+    if side.plain:
+        start, stop = runs.k_start[0, 0], runs.k_stop[0, 0]
+        first = jnp.arange(0, len(start), block)
+        last = jnp.minimum(first + block, len(start)) - 1
+        tiles = tile_range(start[first], stop[first], start[last], stop[last], block)
+        return _between(tile, tiles.start, tiles.stop), _between(tile, tiles.full_start, tiles.full_stop)
+    walk = walk_of(side, block, block)
+    steps = np.asarray(walk.steps[0, 0])
+    visited, full = np.zeros((2, len(steps), len(tile)), bool)
+    for row, of_row in enumerate(steps):
+        listed = None if walk.index is None else walk.index[0, 0, row * block // side.blocks[0]]
+        for step in range(of_row[0], of_row[3]):
+            at = tile_at(
+                jnp.int32(step),
+                of_row.__getitem__,
+                None if listed is None else listed.__getitem__,
+                side.blocks[1] // block,
+            )
+            visited[row, at], full[row, at] = True, of_row[1] <= step < of_row[2]
+    return visited, full
 
 
 def _between(column: Int[np.ndarray, " n"], start: Array, stop: Array) -> Bool[np.ndarray, "rows n"]:
@@ -112,19 +158,28 @@ def as_text(picture: Picture) -> str:
 
 
 def as_columns(pictures: list[Picture], path: Path) -> None:
-    """Writes a figure with a column for each pattern: by position above, by slot below."""
+    """Writes a figure with a column for each pattern, in bands of some: by position above, by slot below."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.5 * len(pictures), 7))
+    columns, bands = min(len(pictures), COLUMNS), -(-len(pictures) // COLUMNS)
+    figure = Figure(figsize=(2.5 * columns, 0.5 + 6.5 * bands))
     figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.1)
-    for column, axes in zip(pictures, figure.subplots(2, len(pictures), squeeze=False).T, strict=True):
-        _draw(axes[0], column.by_position, column.group)
-        _draw(axes[1], column.by_slot, column.slot_group, column)
-        axes[0].set_title(column.title.replace(", ", ",\n"), fontsize=12, fontweight="bold", color=INK)
-        axes[0].set_xlabel("key position", fontsize=10, color=INK)
-        axes[1].set_xlabel("key slot\n" + column.caption.replace(", ", "\n"), fontsize=10, color=INK)
-    for ax, label in ((figure.axes[0], "query position"), (figure.axes[len(pictures)], "query slot")):
-        ax.set_ylabel(label, fontsize=10, color=INK)
+    grid = figure.subplots(2 * bands, columns, squeeze=False)
+    for ax in grid.flat:
+        ax.set_axis_off()
+    for number, column in enumerate(pictures):
+        band, place = divmod(number, columns)
+        above, below = grid[2 * band : 2 * band + 2, place]
+        above.set_axis_on()
+        below.set_axis_on()
+        _draw(above, column.by_position, column.group)
+        _draw(below, column.by_slot, column.slot_group, column)
+        above.set_title(column.title.replace(", ", ",\n"), fontsize=12, fontweight="bold", color=INK)
+        above.set_xlabel("key position", fontsize=10, color=INK)
+        below.set_xlabel("key slot\n" + column.caption.replace(", ", "\n"), fontsize=10, color=INK)
+        if place == 0:
+            above.set_ylabel("query position", fontsize=10, color=INK)
+            below.set_ylabel("query slot", fontsize=10, color=INK)
     figure.legend(handles=_legend(), loc="outside lower center", ncols=3, frameon=False, fontsize=11)
     figure.savefig(path, dpi=100)
 
@@ -216,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     text = args.png is None and args.opener is None
     length, block = args.length or (24 if text else 96), args.block or (4 if text else 8)
-    pictures = [picture(*pattern, block=block) for pattern in patterns(length, args.seed)]
+    pictures = [picture(*pattern, block=block) for pattern in patterns(length, args.seed, block)]
     if text:
         print("tiles by slot: ██ wholly visible, ▓▓ with a mask, ░░ hidden pair in a tile that runs, · does not run\n")
         print("\n\n".join(as_text(each) for each in pictures))

@@ -56,7 +56,7 @@ def init_cache(model: Transformer, batch: int, length: int, *, key: PRNGKeyArray
         documents: whether tokens see only their own document.
 
     Raises:
-        NotImplementedError: if a layer is `QK(scored=True)`, which looks ahead.
+        NotImplementedError: if a layer looks ahead: `QK(scored=True)` and `BlockTopK`.
         ValueError: if a layer is `Auto`, or hashes with centred buckets in documents.
     """
     return tuple(

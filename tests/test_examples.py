@@ -11,7 +11,7 @@ LENGTH, BLOCK = 24, 4
 
 @pytest.fixture(scope="module")
 def pictures():
-    return [picture(*pattern, block=BLOCK) for pattern in patterns(LENGTH, seed=0)]
+    return [picture(*pattern, block=BLOCK) for pattern in patterns(LENGTH, seed=0, block=BLOCK)]
 
 
 def test_every_pattern_is_drawn(pictures):
@@ -25,6 +25,14 @@ def test_every_pattern_is_drawn(pictures):
         "packed, 2 buckets",
         "packed, window",
         "hash-sparse, bidirectional",
+        "chunked",
+        "dilated",
+        "sinks_and_window",
+        "sinks_and_window, packed",
+        "prefix_lm",
+        "union of a window, and what is far",
+        "block_sparse",
+        "block_top_k",
     ]
 
 

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import sparse_flash_jax as sfj
 from sparse_flash_jax.flax import linen
 from sparse_flash_jax.flax.auto import Auto
-from sparse_flash_jax.flax.nnx import QK, Dense, Hash, SparseSelfAttention
+from sparse_flash_jax.flax.nnx import QK, BlockTopK, Dense, Hash, SparseSelfAttention, Window
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 
@@ -43,7 +43,7 @@ def divided(x, mesh):
 @pytest.mark.parametrize(
     ("pattern", "segment_ids"),
     [
-        (Dense(window=9), DOCUMENTS),
+        (Window(9), DOCUMENTS),
         (Hash(4, exclude_self=True), DOCUMENTS),
         (QK(0.4, scored=True), DOCUMENTS),
         (Auto(Hash(4)), None),
@@ -93,11 +93,13 @@ def test_linen_inside_of_shard_map(mesh):
         (Hash(4, centred=True), "leave out centred"),
         (Hash(4), "draws random rotations"),
         (QK(0.5), "drops tokens at random"),
+        (Window(5, sinks=1), "takes whole sequences; leave out sinks"),
+        (BlockTopK(8, 2), "takes whole sequences"),
     ],
 )
 def test_what_a_divided_sequence_does_not_take(pattern, message, mesh):
     _, parts = layers(pattern, mesh)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, NotImplementedError), match=message):
         parts(divided(X, mesh), key=KEY if isinstance(pattern, Hash) and pattern.centred else None)
 
 

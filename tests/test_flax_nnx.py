@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import sparse_flash_jax as sfj
-from sparse_flash_jax.flax.heads import normalise, rotate
+from sparse_flash_jax.flax.heads import rotate
 from sparse_flash_jax.flax.nnx import QK, Dense, Hash, SparseSelfAttention, attention_fn
 
 B, T, D, N = 2, 33, 32, 4

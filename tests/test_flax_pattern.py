@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import sparse_flash_jax as sfj
-from sparse_flash_jax.flax.heads import normalise, rotate
-from sparse_flash_jax.flax.pattern import QK, Dense, Hash, KeepScores
+from sparse_flash_jax.flax.heads import attend, rotate
+from sparse_flash_jax.flax.pattern import QK, BlockTopK, Dense, Hash, KeepScores, Window
+from sparse_flash_jax.flax.shared_keys import normalise
 
 B, T, N, K, H = 2, 37, 4, 2, 8
 EARLIER = np.tril(np.ones((T, T), bool))
@@ -129,3 +130,79 @@ def test_centred_hash_refuses_documents(heads, segment_ids):
     q, k = heads
     with pytest.raises(ValueError, match="centres whole rows, across documents"):
         Hash(4, centred=True).plan(q, k, key=jax.random.key(0), segment_ids=segment_ids)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_window(heads, segment_ids, sinks, packed):
+    plan = Window(5, sinks).plan(*heads, segment_ids=segment_ids if packed else None)
+    documents = same_document(segment_ids) if packed else np.ones((B, 1, T, T), bool)
+    first = np.argmax(documents[:, 0], axis=2)  # ids of a document are one run here
+    is_sink = (np.arange(T) - first < sinks)[:, None, None]
+    np.testing.assert_array_equal(dense(plan), np.broadcast_to(documents & (WINDOW | EARLIER & is_sink), (B, N, T, T)))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 99])
+def test_block_top_k_is_that_of_the_primitive(heads, segment_ids, count, packed):
+    q, k = heads
+    plan = BlockTopK(8, count).plan(q, k, segment_ids=segment_ids if packed else None)
+    means = [
+        np.stack([np.asarray(x, np.float64)[:, at : at + 8].mean(1) for at in range(0, T, 8)], 2) for x in (q, k)
+    ]  # [B N blocks H]
+    scores = means[0] @ np.repeat(means[1], N // K, axis=1).swapaxes(2, 3)
+    block = np.arange(scores.shape[2])
+    scores = np.where(np.eye(len(block), dtype=bool), np.inf, np.where(block < block[:, None], scores, -np.inf))
+    rank = np.argsort(np.argsort(-scores, axis=3), axis=3)
+    chosen = np.repeat(np.repeat((rank < count) & (scores > -np.inf), 8, 2), 8, 3)[:, :, :T, :T]
+    documents = same_document(segment_ids) if packed else np.ones((1, 1, 1, 1), bool)
+    np.testing.assert_array_equal(dense(plan), chosen & EARLIER & documents)
+
+
+def test_block_top_k_of_shared_queries_and_keys_is_that_of_normalised_ones(heads):
+    q = heads[0] * jnp.exp(2 * jax.random.normal(jax.random.key(7), (B, T, 1, 1)))
+    shared, separate = (BlockTopK(4, 3).plan(q, k) for k in (q, normalise(q)))
+    np.testing.assert_array_equal(np.asarray(shared.mask()), np.asarray(separate.mask()))
+    other = BlockTopK(4, 3).plan(q, q + 0)
+    assert not np.array_equal(np.asarray(shared.mask()), np.asarray(other.mask()))
+
+
+@pytest.mark.parametrize("pattern", [Window(5, 3), BlockTopK(8, 2)])
+def test_attends_as_the_plan_says_with_gradients(heads, segment_ids, pattern):
+    """Grouped-query heads in documents, against dense attention under the mask of the plan."""
+    q, k = heads
+    v, do = k[:, ::-1], q[:, ::-1]
+    mask = jnp.asarray(dense(pattern.plan(q, k, segment_ids=segment_ids)))
+
+    def by_mask(q, k, v):
+        k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
+        scores = jnp.where(mask, jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(H), -jnp.inf)
+        return jnp.sum(do * jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v))
+
+    by_plan = lambda q, k, v: jnp.sum(do * attend(pattern, q, k, v, segment_ids=segment_ids)[0])
+    got, expected = (jax.value_and_grad(f, argnums=(0, 1, 2))(q, k, v) for f in (by_plan, by_mask))
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Window(0), "window must be"),
+        (lambda: Window(4, -1), "sinks must be"),
+        (lambda: BlockTopK(0, 3), "block_size must be"),
+        (lambda: BlockTopK(8, 0), "count must be"),
+    ],
+)
+def test_numbers_that_there_cannot_be(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_sinks_and_blocks_take_one_length(heads, without_shape_checks):
+    q, k = heads
+    with pytest.raises(ValueError, match="as many keys as queries"):
+        Window(4, 2).plan(q, k[:, :-1])
+    with pytest.raises(ValueError, match="one length"):
+        BlockTopK(8, 2).plan(q, k[:, :-1])
+    assert Window(4).plan(q, k[:, :-1]).key_length == T - 1

@@ -20,7 +20,7 @@ from models.sampler import Sampler
 from models.transformer import Transformer, TransformerConfig
 from sparse_flash_jax.flax.auto import Auto
 from sparse_flash_jax.flax.nnx import SparseSelfAttention
-from sparse_flash_jax.flax.pattern import QK, Dense, Hash
+from sparse_flash_jax.flax.pattern import QK, BlockTopK, Dense, Hash, Window
 from tests.test_train_cli import TINY
 from training.checkpoint import Checkpoints
 from training.cli import parse
@@ -106,8 +106,13 @@ def check_against_full(model, tokens, documents=None):
             (Dense(window=5), Hash(4), Hash(4, centred=True)),
             {"shared_qk": True, "shared_scale": 1.0},
         ),
+        # Sinks that leave the window before, at and after the prompts' ends; more than a row has; no sinks.
+        (
+            (Window(4, sinks=2), Window(9, sinks=3), Window(1, sinks=50), Window(5)),
+            {"num_key_heads": 2, "positions": "learned"},
+        ),
     ],
-    ids=["separate", "shared"],
+    ids=["separate", "shared", "sinks"],
 )
 def test_scores_are_those_of_a_full_forward_pass(attention, changes):
     check_against_full(make(attention, **changes), TOKENS)
@@ -120,6 +125,25 @@ def test_documents_stay_apart():
     attention = (Dense(), Hash(2, exclude_self=True, window=5))
     model = make(attention, num_key_heads=2, positions="learned")
     check_against_full(model, tokens, document_ids(jnp.asarray(tokens), END))
+
+
+def test_each_document_has_its_sinks():
+    """With sinks a document is a run of equal ids, in a forward pass and token by token: an id may come again."""
+    model = make((Window(2, sinks=3), Window(30, sinks=2)), num_key_heads=2)
+    # Documents end in the prompt, with it and after it; one is shorter than its sinks.
+    ids = jnp.asarray([[0] * 5 + [1] * 9 + [0] * 10, [3] * 7 + [0] * 2 + [3] * 15], jnp.int32)
+    check_against_full(model, TOKENS, ids)
+
+
+def test_a_cache_of_sinks_is_small_and_needs_no_prompt():
+    layer = SparseSelfAttention(32, 4, Window(4, sinks=2), rope_base=100.0, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, T, 32))
+    cache = layer.init_cache(1, 1000)
+    assert cache.k.shape[2] == 6
+    step_once = nnx.jit(lambda layer, x, cache, positions: layer.step(x, cache, positions=positions))
+    for place, expected in enumerate(np.asarray(layer(x))[0]):
+        o, cache = step_once(layer, x[:, place : place + 1], cache, jnp.full(1, place, jnp.int32))
+        np.testing.assert_allclose(o[0, 0], expected, rtol=0, atol=1e-6)
 
 
 def test_what_sees_nothing_is_zero():
@@ -176,6 +200,7 @@ def test_documents_that_begin_while_tokens_are_drawn(packed):
     ("options", "error", "message"),
     [
         ({"attention": QK(0.3, scored=True)}, NotImplementedError, "later tokens"),
+        ({"attention": BlockTopK(8, 2)}, NotImplementedError, r"BlockTopK\(.*mean of a whole block"),
         ({"attention": Hash(4, centred=True), "document_end": END}, ValueError, "across documents"),
         ({"positions": "learned", "count": 14}, ValueError, "max_length=24"),
         ({"count": 0}, ValueError, "count must be at least 1"),

@@ -149,6 +149,14 @@ def test_meshes_that_cannot_be(mesh, message):
         layout_of(mesh)
 
 
+def test_kinds_that_take_whole_sequences():
+    of_kind = lambda kind, **changes: ModelConfig(attention=(kind,), window=8, **changes)
+    for model, message in ((of_kind("window"), "--model.sinks 0"), (of_kind("block_top_k"), "choose another kind")):
+        with pytest.raises(ConfigError, match=message):
+            make_layout(dataclasses.replace(SETTINGS, mesh="context=2", model=model))
+    make_layout(dataclasses.replace(SETTINGS, mesh="context=2", model=of_kind("window", sinks=0)))
+
+
 def test_a_vocabulary_that_cannot_be_divided_is_whole():
     layout = make_layout(dataclasses.replace(SETTINGS, mesh="tensor=3", model=ModelConfig(width=48, heads=3)))
     division = lambda size: layout.of_state({"embedding": np.zeros((size, 6))})["embedding"].spec

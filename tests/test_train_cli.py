@@ -20,16 +20,17 @@ from flax import nnx
 
 import train
 from sparse_flash_jax import time_share
-from sparse_flash_jax.flax.pattern import QK, Dense
-from training import run_folder
+from sparse_flash_jax.flax.pattern import QK, BlockTopK, Dense, Hash, Window
+from training import check, run_folder
 from training.checkpoint import Checkpoints
 from training.cli import parse
-from training.config import identity
+from training.config import BatchConfig, TrainConfig, identity
 from training.errors import CheckpointError, ConfigError
 from training.metrics import MetricsLog, read_metrics
 from training.model import transformer_config
 from training.presets import PRESETS
 from training.run_folder import choose_folder, steps_in
+from training.saved_config import read_config, write_config
 from training.step import TrainState
 from training.trained import load_trained
 
@@ -125,6 +126,14 @@ def test_presets_and_options():
         (["--steps", "0"], "at least 1"),
         (["--length", "100"], "must fit"),
         (["--model.window", "0"], "--model.window must be at least 1, got 0"),
+        (["--attention", "window", "--model.window", "None"], "--model.attention window needs --model.window"),
+        (["--model.sinks", "-1"], "--model.sinks must not be negative, got -1"),
+        (["--model.block-size", "0"], "--model.block-size must be at least 1, got 0"),
+        (["--model.block-count", "0"], "--model.block-count must be at least 1, got 0"),
+        (
+            ["--attention", "block_top_k", "--model.block-size", "4096"],
+            "--model.block-size 4096 is more than --batch.length 2048",
+        ),
         (["--model.width", "0"], "--model.width must be at least 1"),
         (["--model.key-heads", "0"], "--model.key-heads must be at least 1"),
         (["--model.mlp-ratio", "0"], "--model.mlp-ratio must be at least 1"),
@@ -220,6 +229,43 @@ def test_the_trained_model_is_made_again(finished):
     assert len(params) == sum(name.startswith(".params") for name in saved)
     for path, leaf in params:
         np.testing.assert_array_equal(leaf, saved[f".params{jax.tree_util.keystr(path)}"])
+
+
+def test_kinds_by_turns(tmp_path):
+    kinds = ("--model.layers", "3", "--attention", "window", "block_top_k", "hash", "--model.window", "9")
+    options = arguments("text", tmp_path, *kinds)
+    config = parse(options)
+    patterns = Window(9, sinks=4), BlockTopK(16, 3), Hash(4, exclude_self=True)
+    assert transformer_config(config, 257).patterns == patterns
+    write_config(tmp_path / "config.json", config)
+    assert read_config(tmp_path / "config.json") == config
+    given = parse([*options, "--model.sinks", "0", "--model.block-size", "8", "--model.block-count", "2"])
+    assert transformer_config(given, 257).patterns[:2] == (Window(9), BlockTopK(8, 2))
+
+
+def test_what_looks_ahead_gives_no_sample(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ("-n", "1", "--attention", "block_top_k", "--sample.tokens", "5", "--sample.prompt", "9")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert train.main(arguments(text, out, *options)) == 0
+    assert "no sample: BlockTopK(block_size=16, count=3) chooses by the mean" in capsys.readouterr().out
+    records = read_metrics(out / "metrics.jsonl")
+    assert [record["kind"] for record in records] == ["train", "final", "end"]
+    # Of 4 blocks all see their own and two earlier ones, the last alone not all.
+    assert records[0]["visible"] == pytest.approx([1 - 16 * 16 / (64 * 65 / 2)])
+
+
+@pytest.mark.parametrize(("length", "size"), [(1, 16), (300, 16), (2048, 128), (8192, 512), (65_536, 512)])
+def test_blocks_suit_the_length(length, size):
+    assert TrainConfig(batch=BatchConfig(length=length)).block_size == size
+
+
+def test_blocks_that_kernels_do_not_take(monkeypatch):
+    monkeypatch.setattr(check, "check_implementation", lambda *_: None)  # as if there were a GPU
+    options = ["--attention", "block_top_k", "--model.implementation", "triton", "--model.block-size"]
+    parse([*options, "32"])
+    with pytest.raises(ConfigError, match=r"--model.block-size 24: .*multiples of 16"):
+        parse([*options, "24"])
 
 
 def test_auto_is_chosen_once_and_said(text, tmp_path, capsys, monkeypatch):

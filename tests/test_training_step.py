@@ -14,7 +14,7 @@ from flax import nnx
 
 from models.documents import document_ids
 from models.transformer import Transformer, TransformerConfig
-from sparse_flash_jax.flax.pattern import Dense, Hash
+from sparse_flash_jax.flax.pattern import BlockTopK, Dense, Hash, Window
 from tests.jaxprs import equations
 from training import loss as loss_module
 from training.batches import EvaluationBatch
@@ -132,6 +132,30 @@ def test_learns_a_repeated_text_and_continues_it():
     keys: dict[str, Any] = {"pattern_key": jax.random.key(0), "key": jax.random.key(1)}
     continued = sample(structure, state.params, text[:16], **settings, **keys)
     np.testing.assert_array_equal(continued, text[16:24])
+
+
+def test_kinds_by_turns_learn_a_repeated_text():
+    """A window with sinks, chosen blocks and buckets; all parameters of each layer move."""
+    patterns = (Window(3, sinks=1), BlockTopK(4, 3), Hash(4))
+    config = TransformerConfig(
+        vocab_size=20, num_layers=3, width=32, num_heads=2, max_length=32, attention=patterns, shared_qk=False
+    )
+    _, state, step = start(config, rate=1e-2)
+    before = jax.tree.map(jnp.copy, state.params)
+    text = np.tile(np.arange(12), 5).astype(np.int32)
+    measured = []
+    for number in range(40):
+        phase = number % 12
+        state, metrics = step(state, np.stack([text[phase : phase + 33], text[phase + 3 : phase + 36]])[None])
+        measured.append(metrics)
+    losses = [float(each.loss) for each in measured]
+    assert np.isfinite(losses).all()
+    assert losses[0] > 2.5
+    assert losses[-1] < 0.5
+    moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), state.params, before)
+    assert min(jax.tree.leaves(moved)) > 0
+    visible = np.asarray(measured[-1].layers.visible)
+    assert 0 < visible.min() < visible.max() < 1
 
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])

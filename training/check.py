@@ -3,7 +3,7 @@
 import math
 
 from sparse_flash_jax.flax.heads import check_heads
-from sparse_flash_jax.kernels.implementations import check_implementation
+from sparse_flash_jax.kernels.implementations import check_block_sizes, check_implementation
 from training.config import DataConfig, ModelConfig, TrainConfig
 from training.errors import ConfigError
 from training.hugging_face import PREFIX
@@ -34,6 +34,7 @@ def check(config: TrainConfig) -> None:
             raise ConfigError(f"--data.{name} needs a Hugging Face data set, --data {PREFIX}NAME_OR_PATH")
     _check_heads(config.model)
     _check_attention(config.model, config.data.documents_apart)
+    _check_blocks(config)
 
 
 def _check_numbers(config: TrainConfig) -> None:
@@ -48,6 +49,8 @@ def _check_numbers(config: TrainConfig) -> None:
         "--model.key-heads": model.key_heads,
         "--model.mlp-ratio": model.mlp_ratio,
         "--model.window": model.window,
+        "--model.block-size": model.block_size,
+        "--model.block-count": model.block_count,
         "--evaluation.lengths": min(config.evaluation.lengths, default=None),
         "--batch.length": batch.length,
         "--batch.size": batch.size,
@@ -70,6 +73,7 @@ def _check_numbers(config: TrainConfig) -> None:
         "--sample.tokens": config.sample.tokens,
         "--sample.temperature": config.sample.temperature,
         "--model.rate": model.rate,
+        "--model.sinks": model.sinks,
         "--optimizer.weight-decay": optimizer.weight_decay,
         "--optimizer.final": optimizer.final,
     }
@@ -107,8 +111,9 @@ def _check_attention(model: ModelConfig, documents_apart: bool) -> None:
         raise ConfigError(
             f"--model.attention takes one kind or one for each of the {model.layers} layers, got {len(model.attention)}"
         )
-    if "local" in model.attention and model.window is None:
-        raise ConfigError("--model.attention local needs --model.window")
+    for kind in ("local", "window"):
+        if kind in model.attention and model.window is None:
+            raise ConfigError(f"--model.attention {kind} needs --model.window")
     kinds = {*model.attention, *([model.auto_sparse] if "auto" in model.attention else [])}
     if "qk" in kinds and model.rate >= 1:
         raise ConfigError(f"--model.rate must be below 1, got {model.rate}")
@@ -132,3 +137,19 @@ def _check_attention(model: ModelConfig, documents_apart: bool) -> None:
         check_implementation(model.implementation, model.dtype, model.width // model.heads)
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"--model.implementation {model.implementation}: {error}") from error
+
+
+def _check_blocks(config: TrainConfig) -> None:
+    model, size = config.model, config.block_size
+    if "block_top_k" not in model.attention:
+        return
+    if model.block_size is not None and size > config.batch.length:
+        raise ConfigError(
+            f"--model.block-size {size} is more than --batch.length {config.batch.length}: one block sees all; take a"
+            " smaller one"
+        )
+    if model.implementation is not None:
+        try:
+            check_block_sizes(model.implementation, size, size)
+        except NotImplementedError as error:
+            raise ConfigError(f"--model.block-size {size}: {error}") from error

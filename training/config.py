@@ -11,9 +11,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-Kind = Literal["dense", "local", "hash", "qk", "auto"]
+Kind = Literal["dense", "local", "window", "hash", "qk", "block_top_k", "auto"]
 Packing = Literal["stream", "documents"]
 alias = tyro.conf.arg
+
+# Of default blocks: those of "MoBA", arXiv 2502.13189, at 8192 tokens; and what GPU kernels take at least.
+_BLOCKS, _LARGEST_BLOCK, _SMALLEST_BLOCK = 16, 512, 16
 
 NEWEST = "newest"
 """The value of `resume` where no path is given."""
@@ -76,8 +79,9 @@ class ModelConfig:
     """Learned position embeddings, or rotary positions."""
     attention: Annotated[tuple[Kind, ...], alias(aliases=["--attention"])] = ("hash",)
     """One kind for all layers, or one a layer: dense (all earlier tokens), local (the last --model.window tokens),
-    hash (same bucket), qk (queries and keys dropped), auto (hash or qk where that is expected to be faster than dense
-    attention at --length on this device, else dense; --model.auto-*)."""
+    window (these and the first --model.sinks), hash (same bucket), qk (queries and keys dropped), block_top_k (the
+    blocks of keys that suit a block of queries best; --model.block-*), auto (hash or qk where that is expected to be
+    faster than dense attention at --length on this device, else dense; --model.auto-*)."""
     buckets: Annotated[int, alias(aliases=["--buckets"])] = 16
     """hash: number of buckets (even)."""
     centred: Annotated[bool, alias(aliases=["--centred"])] = False
@@ -99,7 +103,16 @@ class ModelConfig:
     """auto: share of dense attention's pairs that the sparse kind is expected to show; default 1 / buckets, or
     (1 - rate)^2. Buckets of an untrained model show more: `visible` in the metrics tells."""
     window: int | None = None
-    """local: tokens that a token sees, itself included."""
+    """local, window: tokens back that a token sees, itself included."""
+    sinks: int = 4
+    """window: tokens at the start, of each document where they are apart, that all later ones see; 0: none. Source:
+    "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453, where four are enough."""
+    block_size: int | None = None
+    """block_top_k: tokens of a block; default: a power of two of which --length has 16 or more, from 16 to 512. GPU
+    kernels take multiples of 16, Hopper's those of 64."""
+    block_count: int = 3
+    """block_top_k: blocks that a block of queries sees, its own included. Which ones goes by its mean query: the choice
+    looks up to a block ahead, so it is not strictly causal."""
     dense_backend: Literal["sparse_flash", "xla", "cudnn"] = "sparse_flash"
     """dense: our kernels, or jax.nn.dot_product_attention's 'xla' or 'cudnn'."""
     implementation: Literal["mosaic", "triton", "xla"] | None = None
@@ -242,6 +255,14 @@ class TrainConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
     sample: SampleConfig = SampleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block of block_top_k: the same at every length of evaluation."""
+        if self.model.block_size is not None:
+            return self.model.block_size
+        even = max(self.batch.length // _BLOCKS, 1)
+        return min(max(1 << (even.bit_length() - 1), _SMALLEST_BLOCK), _LARGEST_BLOCK)
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:

@@ -245,5 +245,9 @@ def _check_divided_sequences(config: TrainConfig, parts: int) -> None:
             )
     if "hash" in config.model.attention and config.model.centred:
         raise ConfigError(f"{where}: --centred takes means over whole ones; leave it out")
+    if "window" in config.model.attention and config.model.sinks:
+        raise ConfigError(f"{where}: windows with sinks take whole ones; give --model.sinks 0")
+    if "block_top_k" in config.model.attention:
+        raise ConfigError(f"{where}: --attention block_top_k takes whole ones; choose another kind")
     if "dense" in config.model.attention and config.model.dense_backend != "sparse_flash":
         raise ConfigError(f"{where}: --model.dense-backend {config.model.dense_backend} takes whole ones; leave it out")

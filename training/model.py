@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from models.transformer import TransformerConfig
 from sparse_flash_jax.flax.auto import Auto, AutoChoice, Pattern
-from sparse_flash_jax.flax.pattern import QK, Dense, Hash
+from sparse_flash_jax.flax.pattern import QK, BlockTopK, Dense, Hash, Window
 from training.config import Kind, ModelConfig, TrainConfig, identity
 
 
@@ -16,6 +16,11 @@ def layer_pattern(config: TrainConfig, kind: Kind) -> Pattern:
             return Dense(backend=None if model.dense_backend == "sparse_flash" else model.dense_backend)
         case "local":
             return Dense(window=model.window)
+        case "window":
+            assert model.window is not None
+            return Window(model.window, model.sinks)
+        case "block_top_k":
+            return BlockTopK(config.block_size, model.block_count)
         case "hash" | "qk":
             return _sparse_pattern(model, kind)
         case "auto":

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-from sparse_flash_jax.flax.pattern import QK, Dense, Hash, KeepScores
+from sparse_flash_jax.flax.pattern import QK, Concrete, Dense, Hash, KeepScores
 from sparse_flash_jax.kernels.implementations import cudnn_attends
 from sparse_flash_jax.plan import AttentionPlan
 from sparse_flash_jax.time_share import TimeShare, expected_time_share
@@ -126,7 +126,7 @@ class Auto:
         return resolve(self, q, segment_ids, implementation).plan(q, k, **options)
 
 
-Pattern = Dense | Hash | QK | Auto
+Pattern = Concrete | Auto
 
 
 def resolve(
@@ -134,7 +134,7 @@ def resolve(
     q: Float[Array, "B T N H"],
     segment_ids: Int32[Array, "B T"] | None = None,
     implementation: str | None = None,
-) -> Dense | Hash | QK:
+) -> Concrete:
     """Returns the pattern that runs for these queries: what `Auto` chooses, else the pattern itself."""
     if not isinstance(pattern, Auto):
         return pattern

@@ -12,15 +12,20 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray, Shaped
 
 from sparse_flash_jax.flax.auto import Pattern
-from sparse_flash_jax.flax.pattern import QK, Dense, Hash
+from sparse_flash_jax.flax.pattern import QK, BlockTopK, Concrete, Dense, Hash, Window
 from sparse_flash_jax.hashing import draw_rotation
 
 CACHE_MULTIPLE = 64
 """Caches are made for a multiple of so many tokens: other lengths close by need no new compilation."""
 
+Cacheable = Dense | Hash | QK | Window
+"""The patterns under which tokens can be cached, `QK` if it is not scored."""
+
 
 class LayerCache(NamedTuple):
-    """What a layer remembers: a ring of S slots, in which position p lies in slot p % S. A, heads, may be 1.
+    """What a layer remembers: a ring of R slots, in which position p lies in slot p % R. A, heads, may be 1.
+
+    Sinks, the first tokens of a document that all its later ones see, have slots of their own behind it: S in all.
 
     Attributes:
         k: float [B K S H], as products are taken: shared ones normalised, all rotated.
@@ -29,6 +34,7 @@ class LayerCache(NamedTuple):
         rotation: float32 [K H R], of hashes.
         sums: float32 [B A H]: all queries so far added up, and all keys if they are not shared; of centred hashes.
         keep: bool [B L A], which queries and which keys of the whole sequence are kept; of random drops.
+        first: int32 [B], position at which the document of the last token begins; where there are sinks.
     """
 
     k: Float[Array, "B K S H"]
@@ -37,6 +43,7 @@ class LayerCache(NamedTuple):
     rotation: Float32[Array, "K H R"] | None
     sums: tuple[Float32[Array, "B _ H"], ...]
     keep: tuple[Bool[Array, "B L _"], ...]
+    first: Int32[Array, " B"] | None = None
 
 
 def empty_cache(
@@ -67,16 +74,18 @@ def empty_cache(
         key: PRNG key of hashing or random dropping.
 
     Raises:
-        NotImplementedError: if tokens are kept by learned scores.
+        NotImplementedError: if the pattern looks ahead: by learned scores, or by means of blocks.
         ValueError: if the pattern is `Auto`, documents are to be centred, or a key is missing.
     """
     pattern = concrete(pattern)
     capacity = -(-length // CACHE_MULTIPLE) * CACHE_MULTIPLE
     slots = capacity if pattern.window is None else min(pattern.window, capacity)
+    slots += sinks_of(pattern)
     k, v = (jnp.zeros((batch, num_key_heads, slots, head_dim), dtype) for _ in range(2))
-    cache = LayerCache(k, v, (), None, (), ())
+    first = jnp.zeros((batch,), jnp.int32) if sinks_of(pattern) else None
+    cache = LayerCache(k, v, (), None, (), (), first)
     group_heads = [1] if documents else []
-    if not isinstance(pattern, Dense):
+    if isinstance(pattern, Hash | QK):
         group_heads.append(num_key_heads)
         if key is None:
             raise ValueError(f"{pattern} draws at random: pass key=jax.random.key(...), that of the forward pass.")
@@ -94,16 +103,21 @@ def empty_cache(
     return cache._replace(groups=tuple(jnp.zeros((batch, heads, slots), jnp.int32) for heads in group_heads))
 
 
-def concrete(pattern: Pattern) -> Dense | Hash | QK:
+def concrete(pattern: Pattern) -> Cacheable:
     """The pattern, if tokens can be cached under it.
 
     Raises:
-        NotImplementedError: if it keeps tokens by learned scores.
+        NotImplementedError: if it looks ahead: by learned scores, or by means of blocks.
         ValueError: if it is `Auto`.
     """
-    if not isinstance(pattern, Dense | Hash | QK):
+    if not isinstance(pattern, Concrete):
         raise ValueError(
             f"{pattern} may choose otherwise at other lengths: fix it to its .choose(length, ...).pattern."
+        )
+    if isinstance(pattern, BlockTopK):
+        raise NotImplementedError(
+            f"{pattern} chooses by the mean of a whole block of queries: what a token sees changes with what follows "
+            "it in its block, and cannot be cached. Use Window or Hash, which are causal."
         )
     if isinstance(pattern, QK) and pattern.scored:
         raise NotImplementedError(
@@ -113,10 +127,20 @@ def concrete(pattern: Pattern) -> Dense | Hash | QK:
     return pattern
 
 
-def held_positions(last: Int32[Array, " B"], slots: int) -> Int32[Array, "B S"]:
+def sinks_of(pattern: Cacheable) -> int:
+    """Tokens at the start of a document that all its later ones see."""
+    return pattern.sinks if isinstance(pattern, Window) else 0
+
+
+def held_positions(last: Int32[Array, " B"], slots: int) -> Int32[Array, "B R"]:
     """The position that each slot of a ring holds once position `last` is written; below 0 where none yet."""
     slot = jnp.arange(slots, dtype=jnp.int32)[None]
     return last[:, None] - (last[:, None] - slot) % slots
+
+
+def sink_positions(first: Int32[Array, " B"], sinks: int) -> Int32[Array, "B sinks"]:
+    """The position that each slot behind the ring is for; past the last token where there is none yet."""
+    return first[:, None] + jnp.arange(sinks, dtype=jnp.int32)[None]
 
 
 def take_positions(x: Shaped[Array, "B A T *H"], positions: Int32[Array, "B S"]) -> Shaped[Array, "B A S *H"]:

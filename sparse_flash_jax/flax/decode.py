@@ -4,14 +4,24 @@ Decides what each of them sees: exactly what it would in a forward pass over the
 is left to cache.py, projecting into heads to the module, and which tokens follow to the model.
 """
 
+import functools
 import math
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from sparse_flash_jax.flax.cache import LayerCache, held_positions, put, take_positions
+from sparse_flash_jax.documents import document_bounds
+from sparse_flash_jax.flax.cache import (
+    Cacheable,
+    LayerCache,
+    held_positions,
+    put,
+    sink_positions,
+    sinks_of,
+    take_positions,
+)
 from sparse_flash_jax.flax.heads import attend_planned, place
-from sparse_flash_jax.flax.pattern import QK, Dense, Hash
+from sparse_flash_jax.flax.pattern import QK, Hash, Window
 from sparse_flash_jax.hashing import buckets_of
 from sparse_flash_jax.plan import AttentionPlan
 
@@ -20,7 +30,7 @@ _DROPPED_QUERY, _DROPPED_KEY = -1, -2
 
 
 def prefill(
-    pattern: Dense | Hash | QK,
+    pattern: Cacheable,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"] | None,
     v: Float[Array, "B T K H"],
@@ -59,14 +69,19 @@ def prefill(
     q, k = place(q, k, None, rope_base)
     o = attend_planned(pattern, q, k, v, plan, segment_ids=segment_ids, scale=scale, implementation=implementation)
 
-    held = jnp.clip(held_positions(lengths - 1, cache.k.shape[2]), 0, length - 1)
+    sinks = sinks_of(pattern)
+    held = held_positions(lengths - 1, cache.k.shape[2] - sinks)
+    if sinks:
+        cache = cache._replace(first=_document_start(lengths, segment_ids))
+        held = jnp.concatenate([held, sink_positions(_first(cache), sinks)], axis=1)
+    held = jnp.clip(held, 0, length - 1)
     fill = lambda x: take_positions(jnp.swapaxes(x, 1, 2), held)
     groups = tuple(fill(group) for group in _groups(sides[1:], segment_ids, _DROPPED_KEY))
     return o, cache._replace(k=fill(k), v=fill(v), groups=groups)
 
 
 def step(
-    pattern: Dense | Hash | QK,
+    pattern: Cacheable,
     q: Float[Array, "B 1 N H"],
     k: Float[Array, "B 1 K H"] | None,
     v: Float[Array, "B 1 K H"],
@@ -99,8 +114,11 @@ def step(
     key_groups = _groups(sides[1:], documents, _DROPPED_KEY)
     q, k = place(q, k, positions[:, None], rope_base)
 
-    slots = cache.k.shape[2]
-    write = lambda ring, new: put(ring, new[:, 0], positions % slots)
+    sinks = sinks_of(pattern)
+    slots = cache.k.shape[2] - sinks
+    if sinks and documents is not None:
+        cache = cache._replace(first=_next_document_start(cache, documents[:, 0], positions, slots))
+    write = functools.partial(_write, positions=positions, slots=slots, first=cache.first, sinks=sinks)
     cache = cache._replace(
         k=write(cache.k, k),
         v=write(cache.v, v),
@@ -110,6 +128,10 @@ def step(
     visible = held >= 0
     if isinstance(pattern, Hash) and pattern.exclude_self:
         visible &= held < positions[:, None]
+    if isinstance(pattern, Window) and sinks:
+        first = _first(cache)
+        before_window = sink_positions(first, sinks) <= positions[:, None] - pattern.window
+        visible = jnp.concatenate([visible & (held >= first[:, None]), before_window], axis=1)
     visible = visible[:, None, None]
     for query_group, key_group in zip(query_groups, cache.groups, strict=True):
         visible &= _by_key_head(query_group, cache.k.shape[1]) == key_group[:, :, None]
@@ -156,6 +178,33 @@ def _next_sides(pattern, q, k, cache: LayerCache, positions) -> tuple[tuple[Arra
             at = positions[:, None, None]
             return tuple(jnp.take_along_axis(keep, at, axis=1) for keep in cache.keep), cache
     return (), cache
+
+
+def _first(cache: LayerCache) -> Int32[Array, " B"]:
+    assert cache.first is not None
+    return cache.first
+
+
+def _document_start(lengths: Int32[Array, " B"], segment_ids) -> Int32[Array, " B"]:
+    """Where the document of each row's last token begins."""
+    if segment_ids is None:
+        return jnp.zeros_like(lengths)
+    return jnp.take_along_axis(document_bounds(segment_ids)[0], lengths[:, None] - 1, axis=1)[:, 0]
+
+
+def _next_document_start(cache: LayerCache, document, positions, slots: int) -> Int32[Array, " B"]:
+    """`_document_start` of one more token: there, if the document before it is another one."""
+    before = jnp.take_along_axis(cache.groups[0][:, 0], (positions[:, None] - 1) % slots, axis=1)[:, 0]
+    return jnp.where(document == before, _first(cache), positions)
+
+
+def _write(held: Array, new: Array, *, positions, slots: int, first: Int32[Array, " B"] | None, sinks: int) -> Array:
+    """What slots hold, [B A S ...], with one more token, [B 1 A ...] as in sequences; where it is a sink, twice."""
+    held = put(held, new[:, 0], positions % slots)
+    if first is None:
+        return held
+    place_in_document = positions - first
+    return put(held, new[:, 0], jnp.where(place_in_document < sinks, slots + place_in_document, positions % slots))
 
 
 def _rotation(cache: LayerCache) -> Float32[Array, "K H R"]:

@@ -14,11 +14,9 @@ from sparse_flash_jax.context.attention import context_attention
 from sparse_flash_jax.context.divided_plan import DividedPlan
 from sparse_flash_jax.context.division import Context, row_positions
 from sparse_flash_jax.flax.auto import Auto, Pattern, is_scored, resolve
-from sparse_flash_jax.flax.pattern import QK, Dense, Hash, KeepScores
+from sparse_flash_jax.flax.pattern import Concrete, Dense, KeepScores
+from sparse_flash_jax.flax.shared_keys import normalise
 from sparse_flash_jax.plan import AttentionPlan
-
-# The square root of this is far below the length of any useful query, and a zero query still has a finite gradient.
-_SMALLEST_SQUARE = 1e-12
 
 
 def check_heads(num_heads: int, num_key_heads: int, head_dim: int, shared_qk: bool, rope: bool) -> None:
@@ -111,7 +109,7 @@ def place(
 
 
 def attend_planned(
-    pattern: Dense | Hash | QK,
+    pattern: Concrete,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
@@ -125,12 +123,6 @@ def attend_planned(
     if isinstance(pattern, Dense) and pattern.backend is not None:
         return _jax_attention(pattern, q, k, v, segment_ids, scale)
     return sparse_attention(q, k, v, plan, scale=scale, implementation=implementation)
-
-
-def normalise(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
-    """Each vector divided by its length, in float32."""
-    x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, axis=-1, keepdims=True) + _SMALLEST_SQUARE)).astype(x.dtype)
 
 
 def rotate(x: Float[Array, "B T N H"], positions: Int32[Array, "#B T"], base: float) -> Float[Array, "B T N H"]:

@@ -12,10 +12,20 @@ from sparse_flash_jax.context.division import Context
 from sparse_flash_jax.flax.adapter import attention_fn
 from sparse_flash_jax.flax.auto import Auto, Pattern, is_scored
 from sparse_flash_jax.flax.heads import attend, check_heads
-from sparse_flash_jax.flax.pattern import QK, Dense, Hash, KeepScores
+from sparse_flash_jax.flax.pattern import QK, BlockTopK, Dense, Hash, KeepScores, Window
 from sparse_flash_jax.plan import AttentionPlan
 
-__all__ = ["QK", "Auto", "Dense", "Hash", "Pattern", "SparseSelfAttention", "attention_fn"]
+__all__ = [
+    "QK",
+    "Auto",
+    "BlockTopK",
+    "Dense",
+    "Hash",
+    "Pattern",
+    "SparseSelfAttention",
+    "Window",
+    "attention_fn",
+]
 
 
 class SparseSelfAttention(linen.Module):
@@ -23,7 +33,7 @@ class SparseSelfAttention(linen.Module):
 
     Args:
         num_heads: query heads, N.
-        pattern: what a token sees: `Dense`, `Hash`, `QK`, or `Auto` to let the shapes decide.
+        pattern: what a token sees: `Dense`, `Window`, `Hash`, `QK`, `BlockTopK`, or `Auto` to let the shapes decide.
         head_dim: H; default the size of the inputs / num_heads.
         num_key_heads: K, which divides N; default N.
         shared_qk: project no keys; they are the queries, normalised per head.

@@ -15,10 +15,20 @@ from sparse_flash_jax.flax.auto import Auto, Pattern, is_scored
 from sparse_flash_jax.flax.cache import LayerCache, concrete, empty_cache
 from sparse_flash_jax.flax.decode import prefill, step
 from sparse_flash_jax.flax.heads import attend, check_heads
-from sparse_flash_jax.flax.pattern import QK, Dense, Hash, KeepScores
+from sparse_flash_jax.flax.pattern import QK, BlockTopK, Dense, Hash, KeepScores, Window
 from sparse_flash_jax.plan import AttentionPlan
 
-__all__ = ["QK", "Auto", "Dense", "Hash", "Pattern", "SparseSelfAttention", "attention_fn"]
+__all__ = [
+    "QK",
+    "Auto",
+    "BlockTopK",
+    "Dense",
+    "Hash",
+    "Pattern",
+    "SparseSelfAttention",
+    "Window",
+    "attention_fn",
+]
 
 _default_init = nnx.initializers.lecun_normal()
 
@@ -29,7 +39,7 @@ class SparseSelfAttention(nnx.Module):
     Args:
         in_features: size of the inputs and outputs, D.
         num_heads: query heads, N.
-        pattern: what a token sees: `Dense`, `Hash`, `QK`, or `Auto` to let the shapes decide.
+        pattern: what a token sees: `Dense`, `Window`, `Hash`, `QK`, `BlockTopK`, or `Auto` to let the shapes decide.
         head_dim: H; default in_features / num_heads.
         num_key_heads: K, which divides N; default N.
         shared_qk: project no keys; they are the queries, normalised per head.
@@ -180,7 +190,7 @@ class SparseSelfAttention(nnx.Module):
             dtype: of the heads; default that of the layer, else that of its parameters.
 
         Raises:
-            NotImplementedError: if the pattern keeps tokens by learned scores, which looks ahead.
+            NotImplementedError: if the pattern looks ahead: `QK(scored=True)` and `BlockTopK`.
             ValueError: if the pattern is `Auto`, a key is missing, or centred buckets are to be in documents.
         """
         dtype = dtype or self.dtype or self.param_dtype

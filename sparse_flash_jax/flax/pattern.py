@@ -13,14 +13,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
+from sparse_flash_jax.block_sparse import block_top_k
 from sparse_flash_jax.context.division import Context, devices, is_divided_already
 from sparse_flash_jax.context.layout import from_zigzag, to_zigzag
 from sparse_flash_jax.context.tokens import Tokens
+from sparse_flash_jax.flax.shared_keys import normalise
 from sparse_flash_jax.hashing import hash_sides
 from sparse_flash_jax.patterns import causal, packed, random_keep, top_keep
 from sparse_flash_jax.plan import AttentionPlan
 from sparse_flash_jax.planning import make_plan
-from sparse_flash_jax.validation import at_least
+from sparse_flash_jax.positional import sinks_and_window
+from sparse_flash_jax.validation import at_least, positive_int
 
 
 class KeepScores(NamedTuple):
@@ -335,3 +338,129 @@ class QK:
             key_capacity=capacities[1],
             implementation=implementation,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The last few tokens, and the first few beside them: a sliding window with attention sinks.
+
+    Args:
+        window: tokens back that a query sees, itself included.
+        sinks: tokens at the start that all later ones see; of each document, where there are several. 0 for none.
+
+    Source: "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453.
+    """
+
+    window: int
+    sinks: int = 0
+
+    def __post_init__(self):
+        positive_int("window", self.window)
+        at_least("sinks", self.sinks, 0)
+
+    def plan(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        *,
+        key: PRNGKeyArray | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        scores: KeepScores | None = None,
+        implementation: str | None = None,
+    ) -> AttentionPlan:
+        """Returns the plan, within documents where `segment_ids` [B T] are given; of q and k only shapes count.
+
+        Raises:
+            ValueError: if there are sinks, and not as many keys as queries.
+        """
+        if not self.sinks:
+            return Dense(window=self.window).plan(q, k, segment_ids=segment_ids)
+        if k.shape[1] != q.shape[1]:
+            raise ValueError(f"{self} takes as many keys as queries, got {k.shape[1]} and {q.shape[1]}.")
+        return sinks_and_window(q.shape[1], self.sinks, self.window, segment_ids=segment_ids)
+
+    def tokens(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        context: Context,
+        *,
+        key: PRNGKeyArray | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        scores: KeepScores | None = None,
+        implementation: str | None = None,
+    ) -> Tokens:
+        """Returns what `plan` goes by, for a divided sequence.
+
+        Raises:
+            NotImplementedError: if there are sinks.
+        """
+        if self.sinks:
+            raise NotImplementedError(f"{self} takes whole sequences; leave out sinks for a divided one.")
+        return Dense(window=self.window).tokens(q, k, context, segment_ids=segment_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockTopK:
+    """Earlier tokens, of the blocks that suit a block of queries best by their mean keys, and of its own block.
+
+    The mean query looks ahead within its block: which earlier blocks a token sees depends on up to block_size - 1 later
+    tokens, so a language model trained with it is not strictly causal. No later key is seen.
+
+    Args:
+        block_size: tokens of a block; GPU kernels take multiples of 16, Hopper's those of 64.
+        count: blocks that a block of queries sees, its own included.
+
+    Source: as in "MoBA: Mixture of Block Attention for Long-Context LLMs", arXiv 2502.13189: see `block_top_k`.
+    """
+
+    block_size: int
+    count: int
+
+    def __post_init__(self):
+        positive_int("block_size", self.block_size)
+        positive_int("count", self.count)
+
+    def plan(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        *,
+        key: PRNGKeyArray | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        scores: KeepScores | None = None,
+        implementation: str | None = None,
+    ) -> AttentionPlan:
+        """Returns the plan for the blocks that these queries and keys choose.
+
+        Args:
+            q: queries [B T N H].
+            k: keys [B T K H]; give q itself where keys are its vectors normalised.
+            key: not used.
+            segment_ids: documents [B T]; means go across them, what is seen does not.
+            scores: not used.
+            implementation: not used.
+
+        Raises:
+            ValueError: if there are not as many keys as queries.
+        """
+        keys = normalise(q) if k is q else k
+        return block_top_k(q, keys, self.block_size, self.count, segment_ids=segment_ids)
+
+    def tokens(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        context: Context,
+        *,
+        key: PRNGKeyArray | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        scores: KeepScores | None = None,
+        implementation: str | None = None,
+    ) -> Tokens:
+        """Raises NotImplementedError: blocks are chosen among all of a sequence."""
+        raise NotImplementedError(f"{self} takes whole sequences, and no divided ones.")
+
+
+Concrete = Dense | Hash | QK | Window | BlockTopK
+"""The patterns that are the same at every length."""

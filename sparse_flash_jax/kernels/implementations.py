@@ -67,16 +67,25 @@ def check_implementation(implementation: str | None, dtype: Any, head_dim: int, 
 
 def check_runs(implementation: str, runs: Runs) -> None:
     """Raises NotImplementedError unless the implementation has tiles of which the listed blocks are made."""
-    lacks = _what_lacks_of_blocks(implementation, runs)
+    if runs.blocks is not None:
+        check_block_sizes(implementation, runs.blocks.sizes.queries, runs.blocks.sizes.keys)
+
+
+def check_block_sizes(implementation: str, queries: int, keys: int) -> None:
+    """Raises NotImplementedError unless the implementation has tiles of which blocks of so many tokens are made."""
+    lacks = _what_lacks_of_sizes(implementation, queries, keys)
     if lacks:
         raise NotImplementedError(f"implementation={implementation!r} {lacks}; use implementation='xla', or None.")
 
 
 def _what_lacks_of_blocks(implementation: str, runs: Runs | None) -> str | None:
-    least = {"mosaic": 64, "triton": 16, "xla": 1}[implementation]
     if runs is None or runs.blocks is None:
         return None
-    sizes = runs.blocks.sizes.queries, runs.blocks.sizes.keys
+    return _what_lacks_of_sizes(implementation, runs.blocks.sizes.queries, runs.blocks.sizes.keys)
+
+
+def _what_lacks_of_sizes(implementation: str, *sizes: int) -> str | None:
+    least = {"mosaic": 64, "triton": 16, "xla": 1}[implementation]
     return f"takes blocks of multiples of {least} tokens, got {sizes}" if any(x % least for x in sizes) else None
 
 
