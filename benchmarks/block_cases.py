@@ -21,7 +21,7 @@ class BlockCase(NamedTuple):
     """Tokens of a block."""
     percent: int = 0
     """Listed blocks of those of a causal mask."""
-    count: int = 0
+    chosen: int = 0
     """Blocks that each block of queries chooses, its own included."""
     sinks: int = 0
     window: int = 0
@@ -35,7 +35,7 @@ class BlockCase(NamedTuple):
             case "sinks":
                 return f"sinks{self.sinks}-window{self.window}"
             case "top_k":
-                return f"top{self.count}-of-blocks{self.block}"
+                return f"top{self.chosen}-of-blocks{self.block}"
 
     def __str__(self) -> str:
         return f"B{self.batch}-T{self.length}-N{self.heads}-H{self.head_dim}-{self.pattern}"

@@ -37,6 +37,7 @@ DENSITIES, QUICK_DENSITIES = (10, 25, 50, 75, 100), (50, 100)  # percent of caus
 SINKS, WINDOW, QUICK_WINDOW = 4, 1024, 64
 CHOSEN, QUICK_CHOSEN = (512, 8), (64, 2)  # tokens of a block, and blocks that each chooses
 OURS = ("given", "made")
+TIMED = {"blocks": OURS, "sinks": ("given",), "top_k": ("made",)}  # no data decides the one, q and k the other
 HEADER = (
     "ms, forward + backward: over a given plan, and with the plan made in the same jit; share: tiles that the forward\n"
     "pass visits over dense causal's; / share: time over dense time x share, of both; flex: FlexAttention, its mask\n"
@@ -99,9 +100,9 @@ def _cases(args: argparse.Namespace, platform: str) -> Iterator[BlockCase]:
         for block in blocks:
             yield from (plain("blocks", block=block, percent=percent) for percent in densities)
         if length == max(lengths):
-            block, count = QUICK_CHOSEN if quick else CHOSEN
+            block, chosen = QUICK_CHOSEN if quick else CHOSEN
             yield plain("sinks", sinks=SINKS, window=QUICK_WINDOW if quick else WINDOW)
-            yield plain("top_k", block=block, count=count)
+            yield plain("top_k", block=block, chosen=chosen)
 
 
 def _case(platform: str, length: int, kind: Literal["blocks", "sinks", "top_k"], **numbers: int) -> BlockCase:
@@ -141,8 +142,8 @@ def _record(case: BlockCase, dense: dict[str, Any] | str, implementation: str | 
             failed[part] = _why(error)
 
     attempt(tiles, "tiles", lambda: _tiles(case, implementation))
-    attempt(seconds, "given", lambda: _seconds(_given_call(case, implementation), samples))
-    attempt(seconds, "made", lambda: _seconds(_made_call(case, implementation), samples))
+    for name in TIMED[case.kind]:
+        attempt(seconds, name, lambda call=CALLS[name]: _seconds(call(case, implementation), samples))
     record = {"case": str(case), **case._asdict(), **tiles, "seconds": seconds, "failed": failed}
     if "dense" in seconds:
         ratio = {name: seconds[name]["median"] / seconds["dense"]["median"] for name in OURS if name in seconds}
@@ -171,6 +172,9 @@ def _made_call(case: BlockCase, implementation: str | None) -> Call:
     return Call(planned_step(_planner(case), implementation), (_deciding(case), *operands))
 
 
+CALLS = {"given": _given_call, "made": _made_call}
+
+
 def _deciding(case: BlockCase) -> jax.Array | None:
     """The mask, of what is drawn."""
     return jnp.asarray(case.block_mask()) if case.kind == "blocks" else None
@@ -188,7 +192,7 @@ def _planner(case: BlockCase) -> Planner:
         case "sinks":
             return _of_sinks(case.sinks, case.window)
         case "top_k":
-            return _of_top_k(case.block, case.count)
+            return _of_top_k(case.block, case.chosen)
 
 
 @functools.cache
