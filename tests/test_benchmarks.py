@@ -175,12 +175,12 @@ def test_blocks_relate_times_to_tiles(tmp_path):
     assert result["flex_attention"] == "not run: no GPU"
     half, all_blocks, sinks, top_k = result["cases"]
 
-    # Of 4 blocks of 64 a side: 10 tiles causal, 5 of them, and the own block and the best one before.
+    # 4 blocks of 64 a side, 10 tiles causal: 5 of them; all; and each block with the best one before it.
     assert half["tiles"]["share"] == 0.5
     assert half["tiles"]["density"] < 0.5
     assert (all_blocks["tiles"]["share"], all_blocks["tiles"]["density"]) == (1, 1)
     assert (top_k["tiles"]["executed"], top_k["tiles"]["causal"]) == (7, 10)
-    # Each sees 64 tokens back, and those from 64 on the 4 sinks, which the next 4 still have in their windows.
+    # Each sees 64 tokens, its own included, and from 64 on those of the 4 sinks that its window has left behind.
     pairs = 64 * 65 / 2 + 192 * 64 + 1 + 2 + 3 + 4 * (192 - 3)
     assert math.isclose(sinks["tiles"]["density"], pairs / (256 * 257 / 2))
 
