@@ -15,12 +15,9 @@ from typing import Any, NamedTuple
 import jax
 from environment import environment, written
 from memory import memory, shortened
-from passes import Call, dense_calls, make_plan, matmul_call, memory_bytes, mha_calls, sparse_calls
+from passes import Call, dense_calls, forward_tiles, make_plan, matmul_call, memory_bytes, mha_calls, sparse_calls
 from selection import QUICK_LENGTH, Case, grows, select
 from timing import Timing, measure
-
-from sparse_flash_jax import AttentionPlan, PlanStats
-from sparse_flash_jax.kernels.implementations import default_config, pick_implementation
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # For a visible pair and unit of head dim: q k^T and p v at two FLOPs each, and five such products in the backward pass.
@@ -134,7 +131,7 @@ def _record(case: Case, dense: Baseline | str, implementation: str | None, sampl
     calls = sparse_calls(case, implementation)
     times = _timed(calls, samples)
     plan = make_plan(case, calls["plan"].args[0])
-    stats = _tiles(case, plan, implementation)
+    stats = forward_tiles(plan, case.dtype, shape.H, implementation)
     pairs = stats.visible_pairs * (shape.B * shape.N // stats.heads)
     baseline = dense.times if isinstance(dense, Baseline) else {}
     dense_memory = {"dense_forward_backward": dense.memory} if isinstance(dense, Baseline) else {}
@@ -165,15 +162,6 @@ def _record(case: Case, dense: Baseline | str, implementation: str | None, sampl
         },
         "memory_bytes": {"forward_backward": memory_bytes(calls["forward_backward"].compile())} | dense_memory,
     }
-
-
-def _tiles(case: Case, plan: AttentionPlan, implementation: str | None) -> PlanStats:
-    """Counts the tiles of the forward pass."""
-    implementation = implementation or pick_implementation(case.dtype, case.shape.H)
-    blocks = default_config(
-        implementation, dtype=case.dtype, head_dim=case.shape.H, runs=plan.runs, long_runs=plan.long_runs
-    ).forward
-    return plan.stats(blocks.rows, blocks.columns)
 
 
 _COLUMNS = ("plan", "gather", "kernel_forward", "kernel_forward_backward", "forward", "forward_backward")

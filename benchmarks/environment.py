@@ -49,10 +49,17 @@ def written(result: dict[str, Any], path: Path | None) -> Iterator[None]:
 
 
 def write(result: dict[str, Any], path: Path) -> None:
-    """Writes a result as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    """Writes a result as JSON, and says so."""
+    save(result, path)
     print(f"\nwritten to {path}")
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    """Writes a result as JSON, of which the path has a whole one at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    part.replace(path)
 
 
 def _processor() -> str:

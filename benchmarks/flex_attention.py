@@ -80,7 +80,7 @@ def _record(case: Case, samples: int) -> dict[str, Any]:
             return forward()
 
     calls = {"mask": make_mask, "forward": forward_alone, "forward_backward": forward_backward}
-    return {"case": str(case), "seconds": {name: _seconds(call, samples) for name, call in calls.items()}}
+    return {"case": str(case), "seconds": {name: device_seconds(call, samples) for name, call in calls.items()}}
 
 
 def _ranks(case: Case, arrays: dict[str, Any], side: str, heads: int) -> torch.Tensor:
@@ -94,7 +94,8 @@ def _ranks(case: Case, arrays: dict[str, Any], side: str, heads: int) -> torch.T
     return torch.as_tensor(rank.astype(np.int32), device="cuda")
 
 
-def _seconds(call: Callable[[], Any], samples: int) -> float:
+def device_seconds(call: Callable[[], Any], samples: int) -> float:
+    """Returns seconds a call on the GPU, the median over samples, after a warm-up."""
     for _ in range(3):
         call()
     taken = []

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from selection import Case, Shape
 
 import sparse_flash_jax as sfj
-from sparse_flash_jax.kernels.implementations import pick_implementation
+from sparse_flash_jax.kernels.config import within_blocks
+from sparse_flash_jax.kernels.implementations import default_config, pick_implementation
 from sparse_flash_jax.kernels.interval import interval_attention
 from sparse_flash_jax.kernels.rows import row_kernels, to_positions, to_slots
 
@@ -37,13 +38,13 @@ def make_plan(case: Case, arrays: dict[str, jax.Array]) -> sfj.AttentionPlan:
 
 def sparse_step(case: Case, implementation: str | None) -> Call:
     """Returns forward and backward as a user has them: plan, gather, kernels and restore in one `jit`."""
-    q, k, v, do = _tensors(case.shape, case.dtype)
+    q, k, v, do = tensors(case.shape, case.dtype)
     return Call(_with_gradients(_whole(case, implementation)), (_arrays(case), q, k, v, do))
 
 
 def sparse_calls(case: Case, implementation: str | None) -> dict[str, Call]:
     """Returns the whole call (`forward`, `forward_backward`), and plan, gather and kernels by themselves."""
-    arrays, (q, k, v, do) = _arrays(case), _tensors(case.shape, case.dtype)
+    arrays, (q, k, v, do) = _arrays(case), tensors(case.shape, case.dtype)
     plan = jax.jit(lambda arrays: make_plan(case, arrays))
     planned = plan(arrays)
     kernels = row_kernels(implementation or pick_implementation(case.dtype, case.shape.H), interpret=False)
@@ -66,9 +67,22 @@ def sparse_calls(case: Case, implementation: str | None) -> dict[str, Call]:
     }
 
 
+@functools.cache
+def planned_step(plan_of: Callable[..., sfj.AttentionPlan], implementation: str | None) -> jax.stages.Wrapped:
+    """Returns forward and backward as a jitted function of (deciding, q, k, v, do), over `plan_of(deciding, q, k)`.
+
+    It is one function for one `plan_of`, and compiles once for a shape.
+    """
+
+    def attend(deciding, q, k, v):
+        return sfj.sparse_attention(q, k, v, plan_of(deciding, q, k), implementation=implementation)
+
+    return _with_gradients(attend)
+
+
 def whole_calls(case: Case, implementation: str | None) -> dict[str, Call]:
     """Returns the whole call alone: `forward`, `forward_backward`."""
-    arrays, (q, k, v, do) = _arrays(case), _tensors(case.shape, case.dtype)
+    arrays, (q, k, v, do) = _arrays(case), tensors(case.shape, case.dtype)
     whole = _whole(case, implementation)
     return {
         "forward": Call(jax.jit(whole), (arrays, q, k, v)),
@@ -81,12 +95,12 @@ def _hashed_call(case: Case, implementation: str | None) -> dict[str, Call]:
     num_buckets = case.pattern.num_buckets
     if num_buckets is None or case.pattern.name != f"hash{num_buckets}":
         return {}
-    *tensors, do = _tensors(case.shape, case.dtype)
+    q, k, v, do = tensors(case.shape, case.dtype)
 
     def attend(key, q, k, v):
         return sfj.hash_sparse_attention(q, k, v, num_buckets, key, implementation=implementation)
 
-    return {"hashed_forward_backward": Call(_with_gradients(attend), (jax.random.key(0), *tensors, do))}
+    return {"hashed_forward_backward": Call(_with_gradients(attend), (jax.random.key(0), q, k, v, do))}
 
 
 def dense_calls(case: Case, implementation: Literal["xla", "cudnn"]) -> dict[str, Call]:
@@ -124,7 +138,7 @@ def mha_attention(backward_side: int) -> Callable[..., jax.Array]:
 
 
 def _baseline(name: str, dense: Callable[..., jax.Array], case: Case) -> dict[str, Call]:
-    q, k, v, do = _tensors(case.shape, case.dtype)
+    q, k, v, do = tensors(case.shape, case.dtype)
     return {
         f"{name}_forward": Call(jax.jit(dense), (None, q, k, v)),
         f"{name}_forward_backward": Call(_with_gradients(dense), (None, q, k, v, do)),
@@ -142,7 +156,7 @@ def _arrays(case: Case) -> dict[str, jax.Array]:
 
 
 @functools.lru_cache(maxsize=1)
-def _tensors(shape: Shape, dtype: str) -> list[jax.Array]:
+def tensors(shape: Shape, dtype: str) -> list[jax.Array]:
     """Standard normal q, k, v and cotangent. Drawn on the device: a case's own take seconds at benchmark size."""
     sizes = ((*axes, shape.H) for axes in (shape.query_axes, shape.key_axes, shape.key_axes, shape.query_axes))
     keys = jax.random.split(jax.random.key(0), 4)
@@ -164,6 +178,16 @@ def _with_gradients(attend: Callable[..., jax.Array]) -> jax.stages.Wrapped:
         return o, *pull_back(do)
 
     return jax.jit(step)
+
+
+def forward_tiles(plan: sfj.AttentionPlan, dtype: str, head_dim: int, implementation: str | None) -> sfj.PlanStats:
+    """Counts the tiles of the forward pass, of the size that it has by default."""
+    runs = plan.runs
+    implementation = implementation or pick_implementation(dtype, head_dim, runs=runs)
+    config = default_config(implementation, dtype=dtype, head_dim=head_dim, runs=runs, long_runs=plan.long_runs)
+    if runs.blocks is not None:
+        config = within_blocks(config, runs.blocks.sizes.queries, runs.blocks.sizes.keys)
+    return plan.stats(config.forward.rows, config.forward.columns)
 
 
 def memory_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:

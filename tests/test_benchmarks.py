@@ -165,6 +165,72 @@ def test_context_counts_what_each_device_does(tmp_path):
         assert (row["most_over_mean"]["pairs"] == 1) == (row["layout"] == "zigzag")
 
 
+def test_blocks_relate_times_to_tiles(tmp_path):
+    out = tmp_path / "blocks.json"
+    done = _run("blocks.py", "--quick", "--out", out)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    _check_environment(result["environment"])
+    assert _finite(result)
+    assert result["flex_attention"] == "not run: no GPU"
+    half, all_blocks, sinks, top_k = result["cases"]
+
+    # 4 blocks of 64 a side, 10 tiles causal: 5 of them; all; and each block with the best one before it.
+    assert half["tiles"]["share"] == 0.5
+    assert half["tiles"]["density"] < 0.5
+    assert (all_blocks["tiles"]["share"], all_blocks["tiles"]["density"]) == (1, 1)
+    assert (top_k["tiles"]["executed"], top_k["tiles"]["causal"]) == (7, 10)
+    # Each sees 64 tokens, its own included, and from 64 on those of the 4 sinks that its window has left behind.
+    pairs = 64 * 65 / 2 + 192 * 64 + 1 + 2 + 3 + 4 * (192 - 3)
+    assert math.isclose(sinks["tiles"]["density"], pairs / (256 * 257 / 2))
+
+    timed = {"blocks": {"given", "made"}, "sinks": {"given"}, "top_k": {"made"}}
+    for case in result["cases"]:
+        assert case["failed"] == {}
+        assert case["case"] in done.stdout
+        assert case["seconds"].keys() == timed[case["kind"]] | {"dense"}
+        dense = case["seconds"]["dense"]["median"]
+        for name, ratio in case["over_share"].items():
+            seconds = case["seconds"][name]["median"]
+            assert math.isclose(case["speedup"][name], dense / seconds)
+            assert math.isclose(ratio, seconds / dense / case["tiles"]["share"])
+
+
+def test_blocks_go_on_after_a_failure(tmp_path):
+    out = tmp_path / "blocks.json"
+    quick = ("--quick", "--densities", 100, "--lengths", 64)
+    done = _run("blocks.py", *quick, "--implementation", "triton", "--out", out)
+    assert done.returncode == 0, done.stderr
+    cases = json.loads(out.read_text())["cases"]
+    assert [case["kind"] for case in cases] == ["blocks", "sinks", "top_k"]
+    for case in cases:
+        assert case["seconds"].keys() == {"dense"}
+        assert all("needs an NVIDIA GPU" in case["failed"][name] for name in case["failed"] if name != "tiles")
+        assert {"given", "made"} & case["failed"].keys()
+
+
+def test_masks_of_blocks_have_the_density_asked_for():
+    program = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from block_cases import BlockCase
+for percent in (10, 50, 100):
+    case = BlockCase("blocks", 1, 2048, 3, 64, "float32", block=64, percent=percent)
+    mask = case.block_mask()
+    assert mask.shape == (1, 3, 32, 32)
+    assert (mask == case.block_mask()).all()
+    assert mask[:, :, range(32), range(32)].all()
+    for head in mask[0]:
+        row, column = head.nonzero()
+        assert (column <= row).all()
+        assert len(row) == round(percent / 100 * 32 * 33 / 2), len(row)
+    assert (mask[0, 0] != mask[0, 1]).any() == (percent < 100)
+"""
+    command = [sys.executable, "-c", program, str(ROOT / "benchmarks")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
 def test_scaling_compares_meshes_with_one_device(tmp_path):
     out = tmp_path / "scaling.json"
     done = _run("scaling.py", "--quick", "--attention", "hash", "--meshes", "data=2", "--out", out, devices=2)
