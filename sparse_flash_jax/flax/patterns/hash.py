@@ -1,0 +1,123 @@
+"""A layer that sees earlier tokens of the same bucket."""
+
+import dataclasses
+
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
+
+from sparse_flash_jax.context.division import Context
+from sparse_flash_jax.context.tokens import Tokens
+from sparse_flash_jax.flax.patterns.scores import KeepScores
+from sparse_flash_jax.hashing import hash_sides
+from sparse_flash_jax.plan import AttentionPlan
+from sparse_flash_jax.planning import make_plan
+from sparse_flash_jax.validation import at_least
+
+
+@dataclasses.dataclass(frozen=True)
+class Hash:
+    """Earlier tokens of the same bucket of an angular locality-sensitive hash.
+
+    Args:
+        num_buckets: even.
+        exclude_self: whether a token does not see itself; the first token of a bucket then outputs 0.
+        window: tokens back that a query sees, itself included; None for all.
+        centred: whether to hash vectors minus their running mean, which evens buckets out: see `lsh_buckets`.
+    """
+
+    num_buckets: int
+    exclude_self: bool = False
+    window: int | None = None
+    centred: bool = False
+
+    def __post_init__(self):
+        at_least("num_buckets", self.num_buckets, 2)
+        if self.num_buckets % 2:
+            raise ValueError(f"num_buckets must be even and at least 2, got {self.num_buckets}.")
+
+    def plan(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        *,
+        key: PRNGKeyArray | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        scores: KeepScores | None = None,
+        implementation: str | None = None,
+    ) -> AttentionPlan:
+        """Returns the plan for rotations drawn from `key`, one for each key head.
+
+        Args:
+            q: queries [B T N H].
+            k: keys [B S K H]; give q itself where keys are its vectors normalised, to hash once.
+            key: PRNG key of the rotations.
+            segment_ids: documents [B T]; buckets then do not cross them.
+            scores: not used.
+            implementation: as of `sparse_attention`; "xla" hashes and plans without kernels, too.
+
+        Raises:
+            ValueError: if there is no key, or if documents are to be centred, whose means would go across them.
+        """
+        buckets = self.hash(q, k, key, documents=segment_ids is not None, implementation=implementation)
+        return self.plan_buckets(*buckets, segment_ids=segment_ids, implementation=implementation)
+
+    def tokens(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        context: Context,
+        *,
+        key: PRNGKeyArray | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        scores: KeepScores | None = None,
+        implementation: str | None = None,
+    ) -> Tokens:
+        """Returns what `plan` goes by, for a divided sequence; its arguments are those of `plan`.
+
+        Raises:
+            ValueError: if there is no key, or buckets are centred: their means would go over all devices.
+        """
+        if self.centred:
+            raise ValueError(f"{self} takes means over whole sequences; leave out centred for a divided one.")
+        buckets = self.hash(q, k, key, documents=segment_ids is not None, implementation=implementation)
+        document = () if segment_ids is None else (segment_ids[..., None],)
+        query_group, key_group = ((*document, bucket) for bucket in buckets)
+        return Tokens(query_group, key_group, exclude_self=self.exclude_self, window=self.window)
+
+    def hash(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        key: PRNGKeyArray | None,
+        *,
+        documents: bool,
+        implementation: str | None,
+    ) -> tuple[Int32[Array, "B T N"], Int32[Array, "B S K"]]:
+        """Returns the buckets of queries and keys."""
+        if key is None:
+            raise ValueError(f"{self} draws random rotations: pass key=jax.random.key(...), a fresh one each step.")
+        self.check_documents(documents)
+        return hash_sides(q, k, self.num_buckets, key, centred=self.centred, implementation=implementation)
+
+    def check_documents(self, separate: bool) -> None:
+        """Raises ValueError where documents are to be separate, and buckets centred."""
+        if self.centred and separate:
+            raise ValueError(f"{self} centres whole rows, across documents; leave out segment_ids, or centred.")
+
+    def plan_buckets(
+        self,
+        query_bucket: Int32[Array, "B T N"],
+        key_bucket: Int32[Array, "B S K"],
+        *,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        implementation: str | None = None,
+    ) -> AttentionPlan:
+        """Returns the plan for buckets that are known."""
+        document = () if segment_ids is None else (segment_ids[..., None],)
+        return make_plan(
+            query_group=(*document, query_bucket),
+            key_group=(*document, key_bucket),
+            exclude_self=self.exclude_self,
+            window=self.window,
+            num_buckets=None if document else self.num_buckets,
+            implementation=implementation,
+        )
