@@ -129,7 +129,7 @@ def _tiles(runs: Runs, block: int) -> tuple[Bool[np.ndarray, "tiles_q tiles_k"],
     steps = np.asarray(walk.steps[0, 0])
     visited, full = np.zeros((2, len(steps), len(tile)), bool)
     for row, of_row in enumerate(steps):
-        listed = None if walk.index is None else walk.index[0, 0, row * block // side.blocks[0]]
+        listed = None if walk.lists is None else walk.lists[0, 0, row * block // side.blocks[0]]
         for step in range(of_row[0], of_row[3]):
             at = tile_at(
                 jnp.int32(step),

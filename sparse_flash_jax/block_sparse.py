@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int32
 
 from sparse_flash_jax.documents import document_bounds
@@ -217,7 +218,7 @@ def _plan(mask, segment_ids, query_keep, key_keep, *, lengths, sizes, rule, list
     sees, seen_at_all = key_count[:, :, i[0, 0] // rows] > 0, query_count[:, :, j[0, 0] // columns] > 0
     sees = sees if query_keep is None else sees & query_keep
     q_start, q_stop = (jnp.clip(x, 0, queries) for x in seeing)
-    if key_order is not None:
+    if key_order is not None and key_keep is not None:
         of_slots = lambda x: _look_up(x, repeat_heads(key_order.order, heads))
         q_start, q_stop = map(of_slots, (q_start, q_stop))
         seen_at_all = seen_at_all & of_slots(repeat_heads(key_keep, heads))
@@ -324,7 +325,7 @@ def _check_tokens(lengths, segment_ids, query_keep, key_keep, mask) -> None:
 
 
 def _check_listed(mask: Bool[Array, "B N TB SB"], most: int) -> None:
-    if isinstance(mask, jax.core.Tracer):
+    if isinstance(mask, Tracer):
         return
     counts = np.asarray(mask).sum(axis=3)
     if counts.max() > most:

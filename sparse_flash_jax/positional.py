@@ -117,9 +117,8 @@ def union(a: AttentionPlan, b: AttentionPlan) -> AttentionPlan:
             "union takes plans of one run for each query, got one of two runs or of blocks; "
             "a mask of blocks, for block_sparse, can be any union."
         )
-    heads = max(a.runs.k_start.shape[1], b.runs.k_start.shape[1])
-    joined = [_map_runs(part, a.runs, b.runs, heads) for part in (_first_of_union, _second_of_union)]
-    return _combined(a, b, joined[0]._replace(second=joined[1]))
+    first, second = (_map_runs(part, a.runs, b.runs) for part in (_first_of_union, _second_of_union))
+    return _combined(a, b, first._replace(second=second))
 
 
 @functools.partial(jax.jit, static_argnames=("length", "sinks", "rule"))
@@ -160,7 +159,7 @@ def _plan_with_prefix(prefix, segment_ids, query_keep, key_keep) -> AttentionPla
     seeing = jnp.where(keys.position < end_of(keys), _first(keys), keys.position), jnp.full_like(keys.position, length)
     # Prefixes differ by batch entry, though all tokens are in one group: bounds are of one shape all the same.
     of_queries, of_keys = runs_between(queries, keys, seen, heads), runs_between(keys, queries, seeing, heads)
-    runs = Runs(*jnp.broadcast_arrays(*of_queries), *jnp.broadcast_arrays(*of_keys))
+    runs = _runs(of_queries, of_keys)
     return jax.tree.map(lambda x: checkpoint_name(x, PLAN_NAME), _plan_of(queries, keys, runs))
 
 
@@ -213,13 +212,19 @@ def _check_pair(name: str, a: AttentionPlan, b: AttentionPlan) -> None:
         raise ValueError(f"{name} takes plans for the same lengths (T, S), got {lengths[0]} and {lengths[1]}.")
 
 
-def _map_runs(function, a: Runs, b: Runs, heads: int | None = None) -> Runs:
+def _map_runs(function, a: Runs, b: Runs) -> Runs:
     """Bounds out of those of both plans, of queries and of keys."""
-    heads = max(a.k_start.shape[1], b.k_start.shape[1]) if heads is None else heads
-    a, b = (Runs(*(repeat_heads(x, heads) for x in runs[:4])) for runs in (a, b))
+    heads = max(a.k_start.shape[1], b.k_start.shape[1])
+    a, b = (jax.tree.map(lambda x: repeat_heads(x, heads), runs._replace(blocks=None)) for runs in (a, b))
     of_queries = function((a.k_start, a.k_stop), (b.k_start, b.k_stop))
     of_keys = function((a.q_start, a.q_stop), (b.q_start, b.q_stop))
-    return Runs(*jnp.broadcast_arrays(*of_queries), *jnp.broadcast_arrays(*of_keys))
+    return _runs(of_queries, of_keys)
+
+
+def _runs(of_queries: tuple[Array, Array], of_keys: tuple[Array, Array]) -> Runs:
+    """Runs of bounds that are brought to one shape."""
+    (k_start, k_stop), (q_start, q_stop) = (jnp.broadcast_arrays(*bounds) for bounds in (of_queries, of_keys))
+    return Runs(k_start, k_stop, q_start, q_stop)
 
 
 def _overlap(a, b):

@@ -111,12 +111,13 @@ def _tiles(runs: Runs, block_q: int, block_k: int) -> TileRange:
     """What the passes over queries visit."""
     if not runs.plain:
         steps = walk_of(of_queries(runs), block_q, block_k).steps
-        return TileRange(*(steps[..., i] for i in range(4)))
+        return TileRange(steps[..., 0], steps[..., 1], steps[..., 2], steps[..., 3])
     start, stop = np.asarray(runs.k_start), np.asarray(runs.k_stop)
     first = np.arange(0, start.shape[-1], block_q)
     last = np.minimum(first + block_q, start.shape[-1]) - 1
     ends = (start[..., first], stop[..., first], start[..., last], stop[..., last])
-    return tile_range(*(jnp.asarray(x) for x in ends), block_k)
+    first_start, first_stop, last_start, last_stop = (jnp.asarray(x) for x in ends)
+    return tile_range(first_start, first_stop, last_start, last_stop, block_k)
 
 
 def _windowed(start: np.ndarray, stop: np.ndarray) -> bool:

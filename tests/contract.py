@@ -22,7 +22,7 @@ def runs_of(k_start: np.ndarray, k_stop: np.ndarray, keys: int = KEYS) -> Runs:
     seen = (k_start[..., None] <= slot) & (slot < k_stop[..., None])
     before = (k_stop[..., None] <= slot).sum(axis=-2)  # queries whose run ends before the key
     until = before + seen.sum(axis=-2)
-    return Runs(*(jnp.asarray(x, jnp.int32) for x in (k_start, k_stop, before, until)))
+    return Runs._make([*(jnp.asarray(x, jnp.int32) for x in (k_start, k_stop, before, until)), None, None])
 
 
 def random_runs(rng: np.random.Generator, widest: int, heads: int = HEADS) -> Runs:

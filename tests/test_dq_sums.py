@@ -76,7 +76,8 @@ def test_programs_add_in_one_order(monkeypatch, kind, keys, queries):
     shapes = Shapes(
         block=BLOCK, length=keys, column_tiles=-(-queries // 64), heads=1, group=1, members=1, last_first=True
     )
-    seen = Bounds(*bounds(kind, keys, queries))
+    start, stop = bounds(kind, keys, queries)
+    seen = Bounds(start, stop)
 
     def run(tile):
         try:

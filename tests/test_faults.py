@@ -261,8 +261,8 @@ def test_damage_of_any_file_is_noticed_or_harmless(saved, tmp_path, damage):
             named = all(map(np.array_equal, jax.tree.leaves(state), jax.tree.leaves(small_state(6))))
         assert named, file
         jax.tree.map(np.testing.assert_array_equal, restore(damaged / "4", small_state(0), IDENTITY), small_state(4))
-    # The record, the manifest, the tree and the arrays, at least.
-    assert noticed >= 4
+    # The record, the manifest, the tree and the arrays, at least; of which a changed byte may be in a date.
+    assert noticed >= (2 if damage == "changed" else 4)
 
 
 def test_the_checkpoint_before_a_damaged_one_goes_on(finished, tmp_path, capsys):

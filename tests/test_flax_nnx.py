@@ -9,6 +9,7 @@ from flax import nnx
 import sparse_flash_jax as sfj
 from sparse_flash_jax.flax.heads import rotate
 from sparse_flash_jax.flax.nnx import QK, Dense, Hash, SparseSelfAttention, attention_fn
+from sparse_flash_jax.flax.shared_keys import normalise
 
 B, T, D, N = 2, 33, 32, 4
 KEY = jax.random.key(7)

@@ -23,8 +23,8 @@ class Side(NamedTuple):
     start: Int32[Array, "b a L"]
     stop: Int32[Array, "b a L"]
     second: tuple[Int32[Array, "b a L"], Int32[Array, "b a L"]] | None = None
-    index: Int32[Array, "b a blocks listed"] | None = None
-    count: Int32[Array, "b a blocks"] | None = None
+    lists: Int32[Array, "b a blocks listed"] | None = None
+    lengths: Int32[Array, "b a blocks"] | None = None
     limit: Int32[Array, "b a columns"] | None = None
     """Slots of each block of columns that are visible at all, the first ones; None: all."""
     blocks: tuple[int, int] = (0, 0)
@@ -33,7 +33,7 @@ class Side(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether there is one run, and nothing else."""
-        return self.second is None and self.index is None
+        return self.second is None and self.lists is None
 
 
 def of_queries(runs: Runs) -> Side:
@@ -44,7 +44,7 @@ def of_queries(runs: Runs) -> Side:
     if lists is None:
         return side
     sizes = lists.sizes.queries, lists.sizes.keys
-    return side._replace(index=lists.key_index, count=lists.key_count, limit=lists.kept_keys, blocks=sizes)
+    return side._replace(lists=lists.key_index, lengths=lists.key_count, limit=lists.kept_keys, blocks=sizes)
 
 
 def of_keys(runs: Runs) -> Side:
@@ -55,7 +55,7 @@ def of_keys(runs: Runs) -> Side:
     if lists is None:
         return side
     sizes = lists.sizes.keys, lists.sizes.queries
-    return side._replace(index=lists.query_index, count=lists.query_count, blocks=sizes)
+    return side._replace(lists=lists.query_index, lengths=lists.query_count, blocks=sizes)
 
 
 @jax.jit
@@ -84,19 +84,19 @@ class Walk(NamedTuple):
     Attributes:
         steps: [b a tiles 6]: the four of a `TileRange`, in steps; then the step from which on a second run is visited,
             and how many tiles lie between it and the first.
-        index: of listed blocks of columns, by block of rows: [b a blocks listed]; None of two runs.
+        lists: of listed blocks of columns, by block of rows: [b a blocks listed]; None of two runs.
     """
 
     steps: Int32[Array, "b a tiles 6"]
-    index: Int32[Array, "b a blocks listed"] | None
+    lists: Int32[Array, "b a blocks listed"] | None
 
 
 def walk_of(side: Side, rows: int, columns: int) -> Walk:
     """Returns the walks of tiles of so many rows over tiles of so many columns, which divide listed blocks."""
-    if side.index is None:
+    if side.lists is None:
         assert side.second is not None
         return Walk(_over_two_runs(side, side.second, rows, columns), None)
-    return Walk(_over_blocks(side, rows, columns), side.index)
+    return Walk(_over_blocks(side, rows, columns), side.lists)
 
 
 class Bounds(NamedTuple):
@@ -107,7 +107,7 @@ class Bounds(NamedTuple):
     second: tuple[Any, Any] | None = None
     steps: Any = None
     """These and those below as in `Walk` and `Side`."""
-    index: Any = None
+    lists: Any = None
     limit: Any = None
 
 
@@ -126,10 +126,10 @@ def bounds_of(side: Side, rows: int, columns: int, whole: int) -> tuple[Bounds, 
     if side.plain:
         return Bounds(start, stop), Listed()
     second = None if side.second is None else (pad_bounds(side.second[0], whole), pad_bounds(side.second[1], whole))
-    steps, index = walk_of(side, rows, columns)
+    steps, lists = walk_of(side, rows, columns)
     of_rows, of_columns = side.blocks
-    listed = Listed() if index is None else Listed(of_rows // rows, of_columns // columns)
-    return Bounds(start, stop, second, steps, index, side.limit), listed
+    listed = Listed() if lists is None else Listed(of_rows // rows, of_columns // columns)
+    return Bounds(start, stop, second, steps, lists, side.limit), listed
 
 
 def tile_at(step: Any, steps: Any, index: Any, split: int) -> Any:
@@ -169,20 +169,22 @@ def _over_two_runs(side: Side, second: tuple[Array, Array], rows: int, columns: 
 
 
 def _over_blocks(side: Side, rows: int, columns: int) -> Int32[Array, "b a tiles 6"]:
-    assert side.index is not None
-    assert side.count is not None
+    assert side.lists is not None
+    assert side.lengths is not None
     of_rows, of_columns = side.blocks
     split, tiles = of_columns // columns, -(-side.start.shape[2] // rows)
-    block = jnp.minimum(jnp.arange(tiles, dtype=jnp.int32) * rows // of_rows, side.index.shape[2] - 1)
+    block = jnp.minimum(jnp.arange(tiles, dtype=jnp.int32) * rows // of_rows, side.lists.shape[2] - 1)
     part = jnp.arange(split, dtype=jnp.int32)[None, None, None, None]
-    tile = side.index[:, :, block][..., None] * split + part  # [b a tiles listed split]
-    listed = jnp.arange(side.index.shape[3], dtype=jnp.int32)[None, None, None, :] < side.count[:, :, block][..., None]
+    tile = side.lists[:, :, block][..., None] * split + part  # [b a tiles listed split]
+    listed = (
+        jnp.arange(side.lists.shape[3], dtype=jnp.int32)[None, None, None, :] < side.lengths[:, :, block][..., None]
+    )
     edges = [x[..., None, None] for x in _edges(side.start, side.stop, rows)]
     lowest, highest, last_start, first_stop = edges
     count = lambda x: jnp.sum(x & listed[..., None], axis=(3, 4), dtype=jnp.int32)
     begin, end = count((tile + 1) * columns <= lowest), count(tile * columns < highest)
     # Where nothing is visited, the first step is still at a listed block, for kernels that visit one tile always.
-    total = split * side.count[:, :, block]
+    total = split * side.lengths[:, :, block]
     begin = jnp.where(end > begin, begin, jnp.clip(total - 1, 0, begin))
     end = lax.max(begin, end)
     if side.limit is None:

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from sparse_flash_jax.context.division import Context
 from sparse_flash_jax.context.tokens import Tokens
+from sparse_flash_jax.flax.patterns.dense import Dense
 from sparse_flash_jax.flax.patterns.scores import KeepScores
 from sparse_flash_jax.plan import AttentionPlan
 from sparse_flash_jax.positional import sinks_and_window

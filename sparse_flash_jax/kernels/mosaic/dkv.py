@@ -131,8 +131,12 @@ def _dkv_kernel(
                 """p of a step, `behind` products issued after that of its scores; and scores over their soft cap."""
                 s = plgpu.wgmma_accumulator_load(s_ref, wait_n=behind)
                 lse_row = by_column(lse_ring, j) if absent is None else by_column(lse_ring, j) + absent
-                bent = None if soft_cap is None else jnp.tanh(s * (scale / soft_cap))
-                s = s * (scale * LOG2E) if bent is None else bent * (soft_cap * LOG2E)
+                bent = None
+                if soft_cap is None:
+                    s = s * (scale * LOG2E)
+                else:
+                    bent = jnp.tanh(s * (scale / soft_cap))
+                    s = bent * (soft_cap * LOG2E)
                 first = tile_at(j) * block.columns if masked else None
                 p = jnp.exp2(hide_unseen(s - spread_columns(lse_row, tile), LOWEST, edges, first, None, masked))
                 return p, bent

@@ -99,8 +99,12 @@ def _dq_kernel(
                 multiply(dp_ref, do_tile.at[here], v_ring.at[slot(j)], stage, transposed=True)
                 turns.give()
                 s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-                bent = None if soft_cap is None else jnp.tanh(s * (scale / soft_cap))
-                s = s * (scale * LOG2E) if bent is None else bent * (soft_cap * LOG2E)
+                bent = None
+                if soft_cap is None:
+                    s = s * (scale * LOG2E)
+                else:
+                    bent = jnp.tanh(s * (scale / soft_cap))
+                    s = bent * (soft_cap * LOG2E)
                 s = s - spread_rows(lse_row, tile)
                 if masked:
                     column_tile = tile_at(j)

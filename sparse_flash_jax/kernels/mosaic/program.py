@@ -89,10 +89,10 @@ class Program:
         if bounds.steps is None:
             return lambda step: step
         row, index = self.bounds(bounds.steps, member), None
-        if bounds.index is not None:
-            of_index, rows = self.bounds(bounds.index, member), jnp.int32(self.shapes.listed.rows)
-            block = lax.min(lax.div(self.tile(r), rows), jnp.int32(bounds.index.shape[2] - 1))
-            index = lambda x: bounds.index[*of_index, block, x]
+        if bounds.lists is not None:
+            of_index, rows = self.bounds(bounds.lists, member), jnp.int32(self.shapes.listed.rows)
+            block = lax.min(lax.div(self.tile(r), rows), jnp.int32(bounds.lists.shape[2] - 1))
+            index = lambda x: bounds.lists[*of_index, block, x]
         steps = lambda x: bounds.steps[*row, self.tile(r), x]
         return lambda step: tile_at(step, steps, index, self.shapes.listed.columns)
 

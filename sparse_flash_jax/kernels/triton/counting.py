@@ -85,7 +85,7 @@ def count_tokens(
     return (
         CountedSide(query_order, query_slot, *_totals(query_edges.reshape(*query_rows, 2, -1), buckets, slots[0])),
         CountedSide(key_order, key_slot, *_totals(key_edges.reshape(*key_rows, 2, -1), buckets, slots[1])),
-        Runs(*runs),
+        Runs._make([*runs, None, None]),
     )
 
 

@@ -48,10 +48,10 @@ class Sight:
         row = self._row(refs.steps)
         steps = [refs.steps[*row, self._i, x] for x in range(6)]
         index = None
-        if refs.index is not None:
-            of_index = self._row(refs.index)
-            listed_row = lax.min(lax.div(self._i, jnp.int32(self._listed.rows)), jnp.int32(refs.index.shape[2] - 1))
-            index = lambda x: refs.index[*of_index, listed_row, x]
+        if refs.lists is not None:
+            of_index = self._row(refs.lists)
+            listed_row = lax.min(lax.div(self._i, jnp.int32(self._listed.rows)), jnp.int32(refs.lists.shape[2] - 1))
+            index = lambda x: refs.lists[*of_index, listed_row, x]
         tile_at = functools.partial(walks.tile_at, steps=lambda x: steps[x], index=index, split=self._listed.columns)
         return sweep(lambda i, carry, masked: step(tile_at(i), carry, masked=masked), TileRange(*steps[:4]), carry)
 
