@@ -71,7 +71,9 @@ def _meshes(args: argparse.Namespace) -> list[tuple[str, str]]:
     if args.meshes:
         return [(mesh, "jit") for mesh in args.meshes]
     devices = jax.device_count()
-    whole = [(f"{axis}={devices}", "jit") for axis in AXES]
+    # Means of centred hashing go over whole sequences.
+    axes = [axis for axis in AXES if axis != "context" or args.attention != "centred"]
+    whole = [(f"{axis}={devices}", "jit") for axis in axes]
     halves = [(f"data={devices // 2},{axis}=2", "jit") for axis in ("fsdp", "tensor") if devices >= 4]
     return [*whole, *halves, (f"data={devices}", "pmap")] if devices > 1 else []
 
