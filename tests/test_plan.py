@@ -17,7 +17,8 @@ INT32 = st.integers(-(2**31), 2**31 - 1)
 def assert_well_formed(plan):
     """Monotone bounds, each pair of bounds the other's transpose, and orders that are permutations."""
     runs = plan.runs
-    for name, bound in runs._asdict().items():
+    assert runs.plain
+    for name, bound in zip(runs._fields[:4], runs[:4], strict=True):
         assert bound.dtype == jnp.int32, name
         assert (np.diff(np.asarray(bound), axis=-1) >= 0).all(), f"{name} decreases"
     query_slot, key_slot = (np.arange(x.shape[-1]) for x in (runs.k_start, runs.q_start))
