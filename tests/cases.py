@@ -290,6 +290,11 @@ _OF_SHAPES = (
 )
 
 CASES = (*(Case(BASE, pattern) for pattern in _OF_BASE), *_OF_SHAPES)
+# Those that kernels can tell apart: by shape, and of one shape by the axes of bounds and by what sees nothing.
+_DISTINCT = ("causal", "hash16", "packed", "broadcast_axes", "key_heads_only", "no_keys", "both_ways", "lonely")
+TOLD_APART = tuple(
+    case for case in CASES if case.shape != BASE or (case.dtype == "float32" and case.pattern.name in _DISTINCT)
+)
 BY_NAME = {str(case): case for case in CASES}
 
 

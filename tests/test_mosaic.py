@@ -15,7 +15,7 @@ from sparse_flash_jax.kernels import mosaic
 from sparse_flash_jax.kernels.config import Blocks, Config, HopperBlocks, mosaic_config
 from tests import definition
 from tests.budget import assert_within_budget, judges, with_gradients
-from tests.cases import BASE, CASES, Case, Pattern, Shape, buckets, kept
+from tests.cases import BASE, TOLD_APART, Case, Pattern, Shape, buckets, kept
 from tests.contract import IntervalContract
 from tests.gpus import H100, lowered, mesh_of, on, passes, passes_by_position, put_device
 from tests.test_transforms import LENGTH, attended, drawn, hashed
@@ -65,16 +65,14 @@ def interpreted(inputs, plan, config):
     return with_gradients(attention, inputs)
 
 
-# The interpreter is slow: of patterns alone those that kernels can tell apart, by axes of bounds and rows that see
-# nothing, and with few heads. Compiled, all run (test_gpu.py).
-TOLD_APART = ("causal", "hash16", "packed", "broadcast_axes", "key_heads_only", "no_keys", "both_ways", "lonely")
+# The interpreter is slow. Compiled, all cases run (test_gpu.py).
 SMALL = [
     *(
         case if case.pattern.name == "key_heads_only" else dataclasses.replace(case, shape=BASE._replace(N=2, K=1))
-        for case in CASES
-        if case.shape == BASE and case.dtype == "float32" and case.pattern.name in TOLD_APART
+        for case in TOLD_APART
+        if case.shape == BASE
     ),
-    *(case for case in CASES if case.shape != BASE and case.shape.T < 500),
+    *(case for case in TOLD_APART if case.shape != BASE and case.shape.T < 500),
 ]
 
 
