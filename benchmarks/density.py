@@ -46,7 +46,7 @@ def main() -> None:
     result: dict[str, Any] = {"environment": environment(), "cases": []}
     with written(result, args.out or (None if args.quick else RESULTS / f"density-{platform}.json")):
         for length in lengths:
-            cases = _cases(length, platform)
+            cases = _cases(length, platform, args.patterns)
             dense_compiled, compiled = _compiled(cases, "xla" if platform == "cpu" else "cudnn", args.implementation)
             dense = _measured(dense_compiled, samples)
             print(f"\n{cases[0].shape}: ms, whole calls; x: dense over sparse; MiB: peak\n{HEADER}")
@@ -61,14 +61,19 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one tiny length, one sample")
     parser.add_argument("--package", action="store_true", help="write the package's table from results; no measuring")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of a sequence; default those of the device")
+    parser.add_argument("--patterns", nargs="+", help="causal, hash16, qk30 and so on; default all")
     parser.add_argument("--samples", type=int, default=5, help="samples of which the median is taken")
     parser.add_argument("--implementation", help='"mosaic", "triton" or "xla"; default picks for the device')
     parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/density-PLATFORM.json")
     return parser.parse_args()
 
 
-def _cases(length: int, platform: str) -> list[Case]:
+def _cases(length: int, platform: str, names: list[str] | None) -> list[Case]:
     patterns = [causal, *map(buckets_pattern, BUCKETS), *(dropping(percent, length) for percent in DROPPED)]
+    unknown = {*(names or ())} - {pattern.name for pattern in patterns}
+    if unknown:
+        raise SystemExit(f"no pattern is named {sorted(unknown)}, but {[pattern.name for pattern in patterns]}")
+    patterns = [pattern for pattern in patterns if names is None or pattern.name in names]
     if platform == "cpu":
         return [Case(Shape(B=1, T=length, N=4, H=64), pattern) for pattern in patterns]
     shape = Shape(B=max(1, GPU_TOKENS // length), T=length, N=12, H=64)

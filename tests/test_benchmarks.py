@@ -79,12 +79,14 @@ def test_overheads_writes_import_and_plan_times(tmp_path):
 
 def test_density_writes_a_row_a_pattern(tmp_path):
     out = tmp_path / "density.json"
-    done = _run("density.py", "--quick", "--out", out)
+    patterns = "causal", "hash1", "hash16", "hash64", "qk0", "qk50", "qk80"
+    done = _run("density.py", "--quick", "--patterns", *patterns, "--out", out)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     _check_environment(result["environment"])
     assert _finite(result)
     densities = {case["case"].split("-")[-2]: case["density"] for case in result["cases"]}
+    assert tuple(densities) == patterns
     assert densities["hash1"] == densities["qk0"] == 1
     assert 0 < densities["qk80"] < densities["qk50"] < 0.5
     assert 0 < densities["hash64"] < densities["hash16"] < 0.1
