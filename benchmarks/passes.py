@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from selection import Case, Shape
 
 import sparse_flash_jax as sfj
-from sparse_flash_jax.kernels.config import within_blocks
 from sparse_flash_jax.kernels.implementations import default_config, pick_implementation
 from sparse_flash_jax.kernels.interval import interval_attention
 from sparse_flash_jax.kernels.rows import row_kernels, to_positions, to_slots
@@ -185,8 +184,6 @@ def forward_tiles(plan: sfj.AttentionPlan, dtype: str, head_dim: int, implementa
     runs = plan.runs
     implementation = implementation or pick_implementation(dtype, head_dim, runs=runs)
     config = default_config(implementation, dtype=dtype, head_dim=head_dim, runs=runs, long_runs=plan.long_runs)
-    if runs.blocks is not None:
-        config = within_blocks(config, runs.blocks.sizes.queries, runs.blocks.sizes.keys)
     return plan.stats(config.forward.rows, config.forward.columns)
 
 

@@ -22,8 +22,8 @@ from sparse_flash_jax.plan import AttentionPlan, repeat_heads
 from sparse_flash_jax.planning import PLAN_NAME
 from sparse_flash_jax.rule import Rule
 from sparse_flash_jax.selection import best
-from sparse_flash_jax.sorting import invert
-from sparse_flash_jax.validation import FLOAT_DTYPES, check_array, positive_int
+from sparse_flash_jax.sorting import invert, look_up
+from sparse_flash_jax.validation import FLOAT_DTYPES, check_array, check_tokens, positive_int
 
 
 def block_sparse(
@@ -78,7 +78,7 @@ def block_sparse(
         )
     )
     rule = Rule(causal, False, window)
-    _check_tokens(lengths, segment_ids, query_keep, key_keep, block_mask)
+    check_tokens(lengths, segment_ids, query_keep, key_keep, block_mask=block_mask.shape[:2])
     if max_listed is not None:
         positive_int("max_listed", max_listed)
         _check_listed(block_mask, max_listed)
@@ -212,14 +212,14 @@ def _plan(mask, segment_ids, query_keep, key_keep, *, lengths, sizes, rule, list
     if key_keep is not None:
         slots, kept, before = _kept_first(key_keep, columns)
         key_order = Permutation(invert(slots), slots)
-        k_start, k_stop = (_look_up(repeat_heads(before, heads), x) for x in (k_start, k_stop))
+        k_start, k_stop = (look_up(repeat_heads(before, heads), x) for x in (k_start, k_stop))
     key_index, key_count = _lists(mask, listed)
     query_index, query_count = _lists(jnp.swapaxes(mask, 2, 3), mask.shape[2])
     sees, seen_at_all = key_count[:, :, i[0, 0] // rows] > 0, query_count[:, :, j[0, 0] // columns] > 0
     sees = sees if query_keep is None else sees & query_keep
     q_start, q_stop = (jnp.clip(x, 0, queries) for x in seeing)
     if key_order is not None and key_keep is not None:
-        of_slots = lambda x: _look_up(x, repeat_heads(key_order.order, heads))
+        of_slots = lambda x: look_up(x, repeat_heads(key_order.order, heads))
         q_start, q_stop = map(of_slots, (q_start, q_stop))
         seen_at_all = seen_at_all & of_slots(repeat_heads(key_keep, heads))
     runs = Runs(
@@ -234,18 +234,15 @@ def _plan(mask, segment_ids, query_keep, key_keep, *, lengths, sizes, rule, list
             BlockSizes(rows, columns),
         ),
     )
-    none = lambda x, size: jnp.zeros((1, size) if x is None else x.shape[:2], jnp.int32)
-    query_heads = max(mask.shape[1], 1 if query_keep is None else query_keep.shape[1])
-    batch = max(mask.shape[0], 1 if segment_ids is None else segment_ids.shape[0])
-    overflow = jnp.zeros((max(batch, none(query_keep, 1).shape[0]), query_heads), jnp.int32)
-    num_kept = none(key_keep, 1) + keys if kept is None else jnp.sum(kept, axis=2)
+    batch = max(x.shape[0] for x in (mask, segment_ids, query_keep, key_keep) if x is not None)
+    query_heads = max(x.shape[1] for x in (mask, query_keep) if x is not None)
+    num_kept = jnp.full((1, 1), keys, jnp.int32) if kept is None else jnp.sum(kept, axis=2)
     plan = AttentionPlan(
         None,
         None,
-        None if key_order is None else key_order.order,
-        None if key_order is None else key_order.slot,
+        *(key_order or (None, None)),
         runs,
-        overflow,
+        jnp.zeros((batch, query_heads), jnp.int32),
         jnp.zeros_like(num_kept),
         num_kept,
         None,
@@ -286,12 +283,6 @@ def _where_any(some: Bool[Array, "B A L"], start: Array, stop: Array) -> tuple[A
     return start, jnp.where(some, jnp.maximum(start, stop), start)
 
 
-def _look_up(table: Array, index: Int32[Array, "B A L"]) -> Array:
-    shape = (max(table.shape[0], index.shape[0]), max(table.shape[1], index.shape[1]))
-    table, index = (jnp.broadcast_to(x, (*shape, x.shape[2])) for x in (table, index))
-    return jnp.take_along_axis(table, index, axis=2)
-
-
 def _length(name: str, given: int | None, blocks: int, size: int) -> int:
     if given is None:
         return blocks * size
@@ -299,29 +290,6 @@ def _length(name: str, given: int | None, blocks: int, size: int) -> int:
     if -(-given // size) != blocks:
         raise ValueError(f"{name} {given} is {-(-given // size)} blocks of {size}, and block_mask has {blocks}.")
     return given
-
-
-def _check_tokens(lengths, segment_ids, query_keep, key_keep, mask) -> None:
-    if segment_ids is not None:
-        check_array("segment_ids", segment_ids, "B T", (jnp.int32,))
-        if not segment_ids.shape[1] == lengths[0] == lengths[1]:
-            raise ValueError(f"segment_ids are for T == S, got {segment_ids.shape} for lengths {lengths}.")
-    for name, keep, length in (("query_keep", query_keep, lengths[0]), ("key_keep", key_keep, lengths[1])):
-        if keep is None:
-            continue
-        check_array(name, keep, "B L A", (jnp.bool_,))
-        if keep.shape[1] != length:
-            raise ValueError(f"{name} must be of {length} tokens, got shape {keep.shape}.")
-    batches = {x.shape[0] for x in (mask, segment_ids, query_keep, key_keep) if x is not None} - {1}
-    if len(batches) > 1:
-        raise ValueError(f"block_mask, segment_ids and keep masks must agree in batch size, got {sorted(batches)}.")
-    heads = {x.shape[axis] for x, axis in ((mask, 1), (query_keep, 2)) if x is not None} - {1}
-    key_heads = 1 if key_keep is None else key_keep.shape[2]
-    if len(heads) > 1 or any(x % key_heads for x in heads):
-        raise ValueError(
-            "block_mask and query_keep must agree in heads, which those of key_keep divide, got "
-            f"{sorted(heads)} and {key_heads}."
-        )
 
 
 def _check_listed(mask: Bool[Array, "B N TB SB"], most: int) -> None:

@@ -1,8 +1,13 @@
-"""Where each token's document begins and ends, of documents that are runs of equal ids."""
+"""Documents beside other groups, and where each token's begins and ends, of those that are runs of equal ids."""
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32
+
+
+def document_groups(segment_ids: Int32[Array, "B T"] | None) -> tuple[Int32[Array, "B T 1"], ...]:
+    """Returns documents as groups that `make_plan` takes, before others: none where there are no documents."""
+    return () if segment_ids is None else (segment_ids[..., None],)
 
 
 def document_bounds(segment_ids: Int32[Array, "B T"]) -> tuple[Int32[Array, "B T"], Int32[Array, "B T"]]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
+from sparse_flash_jax.documents import document_groups
 from sparse_flash_jax.plan import AttentionPlan
 from sparse_flash_jax.planning import make_plan, plan_sides
 from sparse_flash_jax.rule import Rule
@@ -279,8 +280,7 @@ def dilated(
 
 def _grouped(group, causal, segment_ids, query_keep, key_keep, *, window=None) -> AttentionPlan:
     """Positions in groups, in documents where there are some."""
-    group = group[None, :, None]
-    groups = (group,) if segment_ids is None else (segment_ids[..., None], group)
+    groups = (*document_groups(segment_ids), group[None, :, None])
     return make_plan(
         query_group=groups,
         key_group=groups,

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float32, Int32
 
-from sparse_flash_jax.kernels.tiles import Runs
+from sparse_flash_jax.kernels.tiles import Runs, listed
 from sparse_flash_jax.kernels.walks import keys_of_queries
 from sparse_flash_jax.permute import Permutation
 from sparse_flash_jax.stats import PlanStats, plan_stats
@@ -161,9 +161,9 @@ def mask_of_runs(runs: Runs) -> Bool[Array, "B N Tc Sc"]:
     if runs.blocks is None:
         return mask
     lists, query = runs.blocks, jnp.arange(mask.shape[2], dtype=jnp.int32)
-    listed = jnp.arange(lists.key_index.shape[3], dtype=jnp.int32)[None, None, None] < lists.key_count[..., None]
+    counts = listed(lists.key_index, lists.key_count)
     block = jnp.arange(lists.query_index.shape[2], dtype=jnp.int32)[None, None, None, None]
-    blocks = jnp.any((lists.key_index[..., None] == block) & listed[..., None], axis=3)
+    blocks = jnp.any((lists.key_index[..., None] == block) & counts[..., None], axis=3)
     mask = mask & blocks[:, :, query // lists.sizes.queries][..., slot // lists.sizes.keys]
     if lists.kept_keys is None:
         return mask

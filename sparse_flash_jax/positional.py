@@ -15,8 +15,8 @@ from sparse_flash_jax.kernels.tiles import Runs
 from sparse_flash_jax.plan import AttentionPlan, repeat_heads
 from sparse_flash_jax.planning import PLAN_NAME
 from sparse_flash_jax.rule import Rule
-from sparse_flash_jax.sorting import SortedTokens, runs_between, sort_tokens
-from sparse_flash_jax.validation import check_array, positive_int
+from sparse_flash_jax.sorting import SortedTokens, look_up, runs_between, sort_tokens
+from sparse_flash_jax.validation import check_array, check_tokens, positive_int
 
 
 def sinks_and_window(
@@ -49,7 +49,7 @@ def sinks_and_window(
     """
     for name, value in (("length", length), ("sinks", sinks)):
         positive_int(name, value)
-    _check_tokens(length, segment_ids, query_keep, key_keep)
+    check_tokens((length, length), segment_ids, query_keep, key_keep)
     return _plan_with_sinks(segment_ids, query_keep, key_keep, length=length, sinks=sinks, rule=Rule(window=window))
 
 
@@ -75,7 +75,7 @@ def prefix_lm(
     Source: "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", arXiv 1910.10683.
     """
     check_array("prefix", prefix, "B T", (jnp.bool_,))
-    _check_tokens(prefix.shape[1], segment_ids, query_keep, key_keep, prefix)
+    check_tokens((prefix.shape[1],) * 2, segment_ids, query_keep, key_keep, prefix=(prefix.shape[0], 1))
     return _plan_with_prefix(prefix, segment_ids, query_keep, key_keep)
 
 
@@ -147,16 +147,12 @@ def _plan_with_prefix(prefix, segment_ids, query_keep, key_keep) -> AttentionPla
         first, stop = document_bounds(segment_ids)
         prefix = jnp.broadcast_to(prefix, first.shape)
     before = jnp.pad(jnp.cumsum(prefix, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
-    look_up = lambda index: jnp.take_along_axis(before, index, axis=1)
-    end = (first + look_up(stop) - look_up(first))[:, None]  # [B 1 T]: where the prefix of each token's document ends
+    before_of = lambda index: jnp.take_along_axis(before, index, axis=1)
+    end = (first + before_of(stop) - before_of(first))[:, None]  # of each document's prefix: [B 1 T]
     queries, keys, heads = _sorted(segment_ids, query_keep, key_keep, length)
-
-    def end_of(tokens):
-        shape = jnp.broadcast_shapes(end.shape, tokens.position.shape)
-        return jnp.take_along_axis(*(jnp.broadcast_to(x, shape) for x in (end, tokens.position)), axis=2)
-
-    seen = _first(queries), jnp.maximum(queries.position + 1, end_of(queries))
-    seeing = jnp.where(keys.position < end_of(keys), _first(keys), keys.position), jnp.full_like(keys.position, length)
+    query_end, key_end = (look_up(end, tokens.position) for tokens in (queries, keys))
+    seen = _first(queries), jnp.maximum(queries.position + 1, query_end)
+    seeing = jnp.where(keys.position < key_end, _first(keys), keys.position), jnp.full_like(keys.position, length)
     # Prefixes differ by batch entry, though all tokens are in one group: bounds are of one shape all the same.
     of_queries, of_keys = runs_between(queries, keys, seen, heads), runs_between(keys, queries, seeing, heads)
     runs = _runs(of_queries, of_keys)
@@ -176,23 +172,6 @@ def _sorted(segment_ids, query_keep, key_keep, length: int) -> tuple[SortedToken
 def _first(tokens: SortedTokens) -> Int32[Array, "B A T"]:
     """The position at which each token's document begins."""
     return tokens.groups[0] if tokens.groups else jnp.zeros_like(tokens.position)
-
-
-def _check_tokens(length: int, segment_ids, query_keep, key_keep, *others) -> None:
-    if segment_ids is not None:
-        check_array("segment_ids", segment_ids, "B T", (jnp.int32,))
-    for name, keep, axes in (("query_keep", query_keep, "B T N"), ("key_keep", key_keep, "B T K")):
-        if keep is not None:
-            check_array(name, keep, axes, (jnp.bool_,))
-    arrays = {"segment_ids": segment_ids, "query_keep": query_keep, "key_keep": key_keep}
-    given = {name: x.shape for name, x in arrays.items() if x is not None}
-    if any(shape[1] != length for shape in given.values()):
-        raise ValueError(f"segment_ids and keep masks must be of {length} tokens, got shapes {given}.")
-    if len({shape[0] for shape in (*given.values(), *(x.shape for x in others))} - {1}) > 1:
-        raise ValueError(f"segment_ids, keep masks and prefix must agree in batch size, got shapes {given}.")
-    heads = [1 if keep is None else keep.shape[2] for keep in (query_keep, key_keep)]
-    if heads[0] != 1 and heads[0] % heads[1]:
-        raise ValueError(f"key heads must divide query heads (grouped-query attention), got {heads[0]} and {heads[1]}.")
 
 
 def _plan_of(queries: SortedTokens, keys: SortedTokens, runs: Runs) -> AttentionPlan:

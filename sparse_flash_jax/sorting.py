@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Int32, Shaped
 
 from sparse_flash_jax.manual_axes import vary_alike
 from sparse_flash_jax.permute import Permutation
@@ -117,9 +117,9 @@ def count_below(
     def halve(i, found):
         probe = found + (1 << (bits - 1) >> i)
         index = jnp.minimum(probe, capacity) - 1
-        below = _look_up(tokens.position, index) < position
+        below = look_up(tokens.position, index) < position
         for ids, group in zip(reversed(tokens.groups), reversed(groups), strict=True):
-            probed = _look_up(ids, index)
+            probed = look_up(ids, index)
             below = (probed < group) | ((probed == group) & below)
         return jnp.where(below & (probe <= tokens.num_kept[..., None]), probe, found)
 
@@ -153,5 +153,6 @@ def largest_group(tokens: SortedTokens) -> Int32[Array, "B A"]:
     return jnp.max(jnp.where(tokens.kept(), slot - first + 1, 0), axis=-1)
 
 
-def _look_up(x: Int32[Array, "#B #A C"], index: Int32[Array, "#B #A M"]) -> Int32[Array, "#B #A M"]:
+def look_up(x: Shaped[Array, "#B #A C"], index: Int32[Array, "#B #A M"]) -> Shaped[Array, "_B _A M"]:
+    """Returns what is at each index of a row; batch and head axes of size 1 stand for any size."""
     return jnp.take_along_axis(x, index, axis=-1, mode="clip")

@@ -156,6 +156,38 @@ def _check_side(side: str, axes: str, groups: tuple, keep: Any) -> tuple[int, in
     return max(s[0] for s in shapes), shapes[0][1], max(s[2] for s in shapes)
 
 
+def check_tokens(
+    lengths: Sequence[int], segment_ids: Any, query_keep: Any, key_keep: Any, **others: Sequence[int]
+) -> None:
+    """Raises where documents [B T], keep masks [B T N] and [B S K], and others' batch and query heads do not fit."""
+    if segment_ids is not None:
+        check_array("segment_ids", segment_ids, "B T", (jnp.int32,))
+        if not segment_ids.shape[1] == lengths[0] == lengths[1]:
+            raise ValueError(f"segment_ids are for T == S, got {segment_ids.shape} for lengths {lengths}.")
+    for name, keep, axes, length in (
+        ("query_keep", query_keep, "B T N", lengths[0]),
+        ("key_keep", key_keep, "B S K", lengths[1]),
+    ):
+        if keep is None:
+            continue
+        check_array(name, keep, axes, (jnp.bool_,))
+        if keep.shape[1] != length:
+            raise ValueError(f"{name} must be of {length} tokens, got shape {keep.shape}.")
+    arrays = {"segment_ids": segment_ids, "query_keep": query_keep, "key_keep": key_keep}
+    batches = {name: x.shape[0] for name, x in arrays.items() if x is not None}
+    batches |= {name: batch for name, (batch, _) in others.items()}
+    if len({*batches.values()} - {1}) > 1:
+        raise ValueError(f"{', '.join(batches)} must agree in batch size, got {batches}.")
+    heads = {name: own for name, (_, own) in others.items()}
+    heads |= {} if query_keep is None else {"query_keep": query_keep.shape[2]}
+    key_heads = 1 if key_keep is None else key_keep.shape[2]
+    found = {*heads.values()} - {1}
+    if len(found) > 1 or any(x % key_heads for x in found):
+        raise ValueError(
+            f"{' and '.join(heads)} must agree in heads, which those of key_keep divide, got {heads} and {key_heads}."
+        )
+
+
 def check_attention_inputs(q: Any, k: Any, v: Any) -> None:
     """Raises unless q is [B T N H], k and v are [B S K H], of one float dtype, and K divides N."""
     for name, x, axes in (("q", q, "B T N H"), ("k", k, "B S K H"), ("v", v, "B S K H")):

@@ -27,14 +27,6 @@ def forget_what_was_compiled():
     jax.clear_caches()
 
 
-@pytest.fixture
-def optimised_compilation():
-    """For what is read of compiled programs, or runs for long."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
-
-
 def pytest_configure(config):
     if jax.default_backend() == "cpu":
         # What runs for milliseconds is long to compile; processes that tests start do as these.

@@ -4,6 +4,7 @@ import math
 
 from sparse_flash_jax.flax.heads import check_heads
 from sparse_flash_jax.kernels.implementations import check_block_sizes, check_implementation
+from sparse_flash_jax.kernels.tiles import BlockSizes
 from training.config import DataConfig, ModelConfig, TrainConfig
 from training.errors import ConfigError
 from training.hugging_face import PREFIX
@@ -150,6 +151,6 @@ def _check_blocks(config: TrainConfig) -> None:
         )
     if model.implementation is not None:
         try:
-            check_block_sizes(model.implementation, size, size)
+            check_block_sizes(model.implementation, BlockSizes(size, size))
         except NotImplementedError as error:
             raise ConfigError(f"--model.block-size {size}: {error}") from error

@@ -24,9 +24,10 @@ from sparse_flash_jax.kernels.config import (
     HopperBlocks,
     mosaic_config,
     triton_config,
+    within_blocks,
     xla_config,
 )
-from sparse_flash_jax.kernels.tiles import Runs
+from sparse_flash_jax.kernels.tiles import BlockSizes, Runs
 from sparse_flash_jax.kernels.tuned import tuned_config
 from sparse_flash_jax.manual_axes import vary_alike
 from sparse_flash_jax.permute import Permutation
@@ -65,28 +66,16 @@ def check_implementation(implementation: str | None, dtype: Any, head_dim: int, 
         raise NotImplementedError(f"implementation={implementation!r} {lacks}; use implementation='xla', or None.")
 
 
-def check_runs(implementation: str, runs: Runs) -> None:
-    """Raises NotImplementedError unless the implementation has tiles of which the listed blocks are made."""
-    if runs.blocks is not None:
-        check_block_sizes(implementation, runs.blocks.sizes.queries, runs.blocks.sizes.keys)
-
-
-def check_block_sizes(implementation: str, queries: int, keys: int) -> None:
+def check_block_sizes(implementation: str, sizes: BlockSizes) -> None:
     """Raises NotImplementedError unless the implementation has tiles of which blocks of so many tokens are made."""
-    lacks = _what_lacks_of_sizes(implementation, queries, keys)
+    lacks = _what_lacks_of_blocks(implementation, sizes)
     if lacks:
         raise NotImplementedError(f"implementation={implementation!r} {lacks}; use implementation='xla', or None.")
 
 
-def _what_lacks_of_blocks(implementation: str, runs: Runs | None) -> str | None:
-    if runs is None or runs.blocks is None:
-        return None
-    return _what_lacks_of_sizes(implementation, runs.blocks.sizes.queries, runs.blocks.sizes.keys)
-
-
-def _what_lacks_of_sizes(implementation: str, *sizes: int) -> str | None:
-    least = {"mosaic": 64, "triton": 16, "xla": 1}[implementation]
-    return f"takes blocks of multiples of {least} tokens, got {sizes}" if any(x % least for x in sizes) else None
+def _what_lacks_of_blocks(implementation: str, sizes: BlockSizes) -> str | None:
+    least, got = {"mosaic": 64, "triton": 16, "xla": 1}[implementation], (sizes.queries, sizes.keys)
+    return f"takes blocks of multiples of {least} tokens, got {got}" if any(x % least for x in got) else None
 
 
 def pick_implementation(dtype: Any, head_dim: int, config: Config | None = None, runs: Runs | None = None) -> str:
@@ -97,7 +86,9 @@ def pick_implementation(dtype: Any, head_dim: int, config: Config | None = None,
     """
     interpret, lacks = config is not None and config.interpret, {}
     for name in (name for name in IMPLEMENTATIONS if _fits(config, name)):
-        lacks[name] = _what_lacks(name, dtype, head_dim, interpret=interpret) or _what_lacks_of_blocks(name, runs)
+        lacks[name] = _what_lacks(name, dtype, head_dim, interpret=interpret)
+        if lacks[name] is None and runs is not None and runs.blocks is not None:
+            lacks[name] = _what_lacks_of_blocks(name, runs.blocks.sizes)
         if lacks[name] is None:
             return name
     raise NotImplementedError("; ".join(f"implementation={name!r} {lack}" for name, lack in lacks.items()) + ".")
@@ -156,14 +147,19 @@ def has_triton() -> bool:
 def default_config(implementation: str, *, dtype: Any, head_dim: int, runs: Runs, long_runs: bool = False) -> Config:
     """Returns the tiles that suit the shapes, the length of the runs and the default device."""
     if implementation == "xla":
-        return xla_config(query_slots=runs.k_start.shape[2], key_slots=runs.q_start.shape[2])
-    tuned = tuned_config(implementation, dtype, head_dim, long_runs=long_runs)
-    if tuned is not None:
-        return tuned if runs.plain else dataclasses.replace(tuned, fused=False)
-    if implementation == "mosaic":
+        config = xla_config(query_slots=runs.k_start.shape[2], key_slots=runs.q_start.shape[2])
+    else:
+        config = tuned_config(implementation, dtype, head_dim, long_runs=long_runs)
+    if config is None and implementation == "mosaic":
         config = mosaic_config(head_dim, long_runs=long_runs)
-        return config if runs.plain else dataclasses.replace(config, fused=False)
-    return triton_config(dtype, head_dim, long_runs=long_runs, capability=_compute_capability())
+    elif config is None:
+        config = triton_config(dtype, head_dim, long_runs=long_runs, capability=_compute_capability())
+    return within_runs(config if runs.plain else dataclasses.replace(config, fused=False), runs)
+
+
+def within_runs(config: Config, runs: Runs) -> Config:
+    """Returns tiles of which the listed blocks are made, if there are any; no larger than those given."""
+    return config if runs.blocks is None else within_blocks(config, runs.blocks.sizes.queries, runs.blocks.sizes.keys)
 
 
 def _blocks_of(implementation: str) -> type:

@@ -13,15 +13,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
-from sparse_flash_jax.kernels.config import Config, within_blocks
+from sparse_flash_jax.kernels.config import Config
 from sparse_flash_jax.kernels.implementations import (
+    check_block_sizes,
     check_implementation,
-    check_runs,
     default_config,
     kernels_of,
     order_to_write,
     pick_implementation,
     whole_slots,
+    within_runs,
 )
 from sparse_flash_jax.kernels.padding import extend_bounds
 from sparse_flash_jax.kernels.rows import row_kernels, sum_of_products, to_positions, to_slots, to_slots_with_delta
@@ -129,13 +130,14 @@ def _call(q, k, v, runs, orders, *, scale, soft_cap, implementation, config, lon
     check_implementation(implementation, q.dtype, q.shape[-1], config)
     if implementation is None:
         implementation = pick_implementation(q.dtype, q.shape[-1], config, runs)
-    check_runs(implementation, runs)
+    if runs.blocks is not None:
+        check_block_sizes(implementation, runs.blocks.sizes)
     if config is None:
         config = default_config(implementation, dtype=q.dtype, head_dim=q.shape[-1], runs=runs, long_runs=long_runs)
     elif config.fused and not runs.plain:
         raise ValueError("config.fused takes plans of one run for each query, without blocks; leave fused out.")
-    if runs.blocks is not None:
-        config = within_blocks(config, runs.blocks.sizes.queries, runs.blocks.sizes.keys)
+    else:
+        config = within_runs(config, runs)
     if orders is not None and row_kernels(implementation, interpret=config.interpret) is not None:
         # Kernels change the layout as they move rows, several arrays a launch, though slots be positions.
         orders = tuple(identity(x.shape[1]) if side is None else side for x, side in zip((q, k), orders, strict=True))

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 
 LOG2E = 1.4426950408889634
 """exp2 is one instruction on a GPU, exp two: scores are scaled by log2(e) there."""
@@ -48,6 +48,13 @@ class BlockLists(NamedTuple):
     kept_keys: Int32[Array, "#B #N keys"] | None
     """Keys of each block that are kept, in its first slots; None where all are."""
     sizes: BlockSizes
+
+
+def listed(
+    index: Int32[Array, "b a blocks listed"], count: Int32[Array, "b a blocks"]
+) -> Bool[Array, "_b _a _blocks _l"]:
+    """Returns which entries of block lists count."""
+    return jnp.arange(index.shape[3], dtype=jnp.int32)[None, None, None] < count[..., None]
 
 
 class Runs(NamedTuple):
@@ -113,6 +120,14 @@ def tile_range(
     full_start = lax.clamp(start, (last_start + block - 1) // block, stop)
     full_stop = lax.clamp(full_start, first_stop // block, stop)
     return TileRange(start, full_start, full_stop, stop)
+
+
+def scores_of(products: Any, scale: float, soft_cap: float | None, *, unit: float = 1.0) -> tuple[Any, Any]:
+    """Returns scores in so many units of the natural exponent, and the slope of the soft cap there: None of no cap."""
+    if soft_cap is None:
+        return products * (scale * unit), None
+    bent = jnp.tanh(products * (scale / soft_cap))
+    return bent * (soft_cap * unit), 1.0 - bent * bent
 
 
 Masked = Literal["both", "stop"] | None

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Int32
 
 from sparse_flash_jax.kernels.padding import pad_bounds
-from sparse_flash_jax.kernels.tiles import Runs, TileRange
+from sparse_flash_jax.kernels.tiles import Runs, TileRange, listed
 
 _NONE = 1 << 30  # where a run that sees nothing begins
 
@@ -69,13 +69,10 @@ def keys_of_queries(runs: Runs) -> Int32[Array, "b a T"]:
     index = lists.key_index[:, :, block]  # [b a T listed]
     first, size = index * lists.sizes.keys, jnp.int32(lists.sizes.keys)
     if lists.kept_keys is not None:
-        shape = (max(lists.kept_keys.shape[0], index.shape[0]), *index.shape[1:])
-        kept = jnp.broadcast_to(lists.kept_keys, (*shape[:2], lists.kept_keys.shape[2]))
-        size = jnp.take_along_axis(kept, jnp.broadcast_to(index, shape).reshape(*shape[:2], -1), axis=2).reshape(shape)
+        size = jnp.take_along_axis(lists.kept_keys[:, :, None], index, axis=3)
     start, stop = (x[..., None] for x in (runs.k_start, runs.k_stop))
     pairs = jnp.maximum(jnp.minimum(first + size, stop) - jnp.maximum(first, start), 0)
-    listed = jnp.arange(index.shape[3], dtype=jnp.int32)[None, None, None] < lists.key_count[:, :, block][..., None]
-    return jnp.sum(jnp.where(listed, pairs, 0), axis=3)
+    return jnp.sum(jnp.where(listed(index, lists.key_count[:, :, block]), pairs, 0), axis=3)
 
 
 class Walk(NamedTuple):
@@ -119,6 +116,10 @@ class Listed(NamedTuple):
     columns: int = 1
     """Tiles of columns in a block."""
 
+    def row(self, tile: Any, lists: Any) -> Any:
+        """Returns the row of lists [b a blocks listed] that holds for a tile of rows, which may be past the last."""
+        return lax.min(lax.div(tile, jnp.int32(self.rows)), jnp.int32(lists.shape[2] - 1))
+
 
 def bounds_of(side: Side, rows: int, columns: int, whole: int) -> tuple[Bounds, Listed]:
     """Returns a side of the runs for such tiles, its bounds padded to a multiple of `whole`; and what is static."""
@@ -128,8 +129,8 @@ def bounds_of(side: Side, rows: int, columns: int, whole: int) -> tuple[Bounds, 
     second = None if side.second is None else (pad_bounds(side.second[0], whole), pad_bounds(side.second[1], whole))
     steps, lists = walk_of(side, rows, columns)
     of_rows, of_columns = side.blocks
-    listed = Listed() if lists is None else Listed(of_rows // rows, of_columns // columns)
-    return Bounds(start, stop, second, steps, lists, side.limit), listed
+    tiles = Listed() if lists is None else Listed(of_rows // rows, of_columns // columns)
+    return Bounds(start, stop, second, steps, lists, side.limit), tiles
 
 
 def tile_at(step: Any, steps: Any, index: Any, split: int) -> Any:
@@ -147,6 +148,12 @@ def tile_at(step: Any, steps: Any, index: Any, split: int) -> Any:
         return index(step)
     part = jnp.int32(split)
     return index(lax.div(step, part)) * split + lax.rem(step, part)
+
+
+def limit_at(tile: Any, limit: Any, split: int, columns: int) -> Any:
+    """Returns from which column on nothing of a tile is visible; `limit(i)` is of the i-th block, as `Side.limit`."""
+    block = lax.div(tile, jnp.int32(split))
+    return block * split * columns + limit(block)
 
 
 def _over_two_runs(side: Side, second: tuple[Array, Array], rows: int, columns: int) -> Int32[Array, "b a tiles 6"]:
@@ -175,17 +182,14 @@ def _over_blocks(side: Side, rows: int, columns: int) -> Int32[Array, "b a tiles
     split, tiles = of_columns // columns, -(-side.start.shape[2] // rows)
     block = jnp.minimum(jnp.arange(tiles, dtype=jnp.int32) * rows // of_rows, side.lists.shape[2] - 1)
     part = jnp.arange(split, dtype=jnp.int32)[None, None, None, None]
-    tile = side.lists[:, :, block][..., None] * split + part  # [b a tiles listed split]
-    listed = (
-        jnp.arange(side.lists.shape[3], dtype=jnp.int32)[None, None, None, :] < side.lengths[:, :, block][..., None]
-    )
+    lists, lengths = side.lists[:, :, block], side.lengths[:, :, block]
+    tile, counts = lists[..., None] * split + part, listed(lists, lengths)[..., None]  # [b a tiles listed split]
     edges = [x[..., None, None] for x in _edges(side.start, side.stop, rows)]
     lowest, highest, last_start, first_stop = edges
-    count = lambda x: jnp.sum(x & listed[..., None], axis=(3, 4), dtype=jnp.int32)
+    count = lambda x: jnp.sum(x & counts, axis=(3, 4), dtype=jnp.int32)
     begin, end = count((tile + 1) * columns <= lowest), count(tile * columns < highest)
     # Where nothing is visited, the first step is still at a listed block, for kernels that visit one tile always.
-    total = split * side.lengths[:, :, block]
-    begin = jnp.where(end > begin, begin, jnp.clip(total - 1, 0, begin))
+    begin = jnp.where(end > begin, begin, jnp.clip(split * lengths - 1, 0, begin))
     end = lax.max(begin, end)
     if side.limit is None:
         full_start = lax.clamp(begin, count(tile * columns < last_start), end)

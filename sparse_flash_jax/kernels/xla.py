@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from sparse_flash_jax.kernels import walks
 from sparse_flash_jax.kernels.config import Blocks, Config
-from sparse_flash_jax.kernels.tiles import LOWEST, Runs, TileRange, sweep, tile_range
+from sparse_flash_jax.kernels.tiles import LOWEST, Runs, TileRange, scores_of, sweep, tile_range
 
 
 def forward(
@@ -43,7 +43,7 @@ def forward(
         def step(j, carry, *, visible):
             top, total, o = carry
             kj, vj = (_block(x, head, j, block.columns) for x in (k, v))  # [columns, H]
-            s, _ = _capped(scale * _dot("rh,ch->rc", q, kj), soft_cap)
+            s, _ = scores_of(_dot("rh,ch->rc", q, kj), scale, soft_cap)
             s = _where(visible, s, LOWEST)
             new_top = jnp.maximum(top, jnp.max(s, axis=1))
             p = _where(visible, jnp.exp(s - new_top[:, None]), 0.0)
@@ -86,7 +86,7 @@ def backward_dq(
 
         def step(j, dq, *, visible):
             kj, vj = (_block(x, head, j, block.columns) for x in (k, v))  # [columns, H]
-            s, slope = _capped(scale * _dot("rh,ch->rc", q, kj), soft_cap)
+            s, slope = scores_of(_dot("rh,ch->rc", q, kj), scale, soft_cap)
             p = jnp.exp(s - lse[:, None])
             ds = p * (_dot("rh,ch->rc", do, vj) - delta[:, None])
             ds = _where(visible, ds if slope is None else ds * slope, 0.0)
@@ -126,7 +126,7 @@ def backward_dkv(
         def step(i, carry, *, member, visible):
             dk, dv = carry
             qi, lse_i, do_i, delta_i = (_block(x, head + member, i, block.columns) for x in (q, lse, do, delta))
-            s, slope = _capped(scale * _dot("rh,ch->rc", k, qi), soft_cap)
+            s, slope = scores_of(_dot("rh,ch->rc", k, qi), scale, soft_cap)
             p = _where(visible, jnp.exp(s - lse_i[None]), 0.0)
             ds = p * (_dot("rh,ch->rc", v, do_i) - delta_i[None])
             ds = _where(visible, ds if slope is None else ds * slope, 0.0)
@@ -194,10 +194,10 @@ class _Seen:
         visible = functools.reduce(
             jnp.logical_or, ((start[:, None] <= column) & (column < stop[:, None]) for start, stop in runs)
         )
-        if self.limit is None:
+        limit = self.limit
+        if limit is None:
             return visible
-        block = tile // self.split
-        return visible & (column < block * self.split * columns + self.limit[block])
+        return visible & (column < walks.limit_at(tile, lambda block: limit[block], self.split, columns))
 
 
 def _seen(side: walks.Side, axes: tuple[int, int], block: Blocks) -> _Seen:
@@ -232,14 +232,6 @@ def _seen(side: walks.Side, axes: tuple[int, int], block: Blocks) -> _Seen:
         None if limit is None else of_tiles(limit),
         of_columns // block.columns,
     )
-
-
-def _capped(s: Float32[Array, "rows columns"], soft_cap: float | None) -> tuple[Array, Array | None]:
-    """Scores under a soft cap, and the slope there; None of no cap."""
-    if soft_cap is None:
-        return s, None
-    bent = jnp.tanh(s / soft_cap)
-    return soft_cap * bent, 1.0 - bent * bent
 
 
 def _where(visible: Bool[Array, "rows columns"] | None, x: Float32[Array, "rows columns"], hidden: float):

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from sparse_flash_jax.context.division import Context
 from sparse_flash_jax.context.tokens import Tokens
+from sparse_flash_jax.documents import document_groups
 from sparse_flash_jax.flax.patterns.scores import KeepScores
 from sparse_flash_jax.patterns import causal, packed
 from sparse_flash_jax.plan import AttentionPlan
@@ -57,5 +58,5 @@ class Dense:
         """
         if self.backend is not None:
             raise ValueError(f"backend {self.backend!r} takes whole sequences; leave it out for a divided one.")
-        group = None if segment_ids is None else segment_ids[..., None]
-        return Tokens(group, group, window=self.window)
+        groups = document_groups(segment_ids)
+        return Tokens(groups, groups, window=self.window)

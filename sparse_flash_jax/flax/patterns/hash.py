@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from sparse_flash_jax.context.division import Context
 from sparse_flash_jax.context.tokens import Tokens
+from sparse_flash_jax.documents import document_groups
 from sparse_flash_jax.flax.patterns.scores import KeepScores
 from sparse_flash_jax.hashing import hash_sides
 from sparse_flash_jax.plan import AttentionPlan
@@ -79,8 +80,8 @@ class Hash:
         if self.centred:
             raise ValueError(f"{self} takes means over whole sequences; leave out centred for a divided one.")
         buckets = self.hash(q, k, key, documents=segment_ids is not None, implementation=implementation)
-        document = () if segment_ids is None else (segment_ids[..., None],)
-        query_group, key_group = ((*document, bucket) for bucket in buckets)
+        documents = document_groups(segment_ids)
+        query_group, key_group = ((*documents, bucket) for bucket in buckets)
         return Tokens(query_group, key_group, exclude_self=self.exclude_self, window=self.window)
 
     def hash(
@@ -112,12 +113,12 @@ class Hash:
         implementation: str | None = None,
     ) -> AttentionPlan:
         """Returns the plan for buckets that are known."""
-        document = () if segment_ids is None else (segment_ids[..., None],)
+        documents = document_groups(segment_ids)
         return make_plan(
-            query_group=(*document, query_bucket),
-            key_group=(*document, key_bucket),
+            query_group=(*documents, query_bucket),
+            key_group=(*documents, key_bucket),
             exclude_self=self.exclude_self,
             window=self.window,
-            num_buckets=None if document else self.num_buckets,
+            num_buckets=None if documents else self.num_buckets,
             implementation=implementation,
         )

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 from sparse_flash_jax.context.division import Context, devices, is_divided_already
 from sparse_flash_jax.context.layout import from_zigzag, to_zigzag
 from sparse_flash_jax.context.tokens import Tokens
+from sparse_flash_jax.documents import document_groups
 from sparse_flash_jax.flax.patterns.scores import KeepScores
 from sparse_flash_jax.patterns import random_keep, top_keep
 from sparse_flash_jax.plan import AttentionPlan
@@ -105,8 +106,8 @@ class QK:
             scores = KeepScores(*(from_zigzag(x, parts) for x in scores))
         keep = self.keep(q, k, key, scores)
         query_keep, key_keep = (to_zigzag(x, parts) for x in keep) if context.zigzag else keep
-        group = None if segment_ids is None else segment_ids[..., None]
-        return Tokens(group, group, query_keep, key_keep, window=self.window)
+        groups = document_groups(segment_ids)
+        return Tokens(groups, groups, query_keep, key_keep, window=self.window)
 
     def keep(
         self,

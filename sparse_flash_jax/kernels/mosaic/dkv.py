@@ -53,7 +53,7 @@ from sparse_flash_jax.kernels.mosaic.products import (
 )
 from sparse_flash_jax.kernels.mosaic.program import NARROW, WARPGROUP_ROWS, Program, Shapes
 from sparse_flash_jax.kernels.padding import extend_bounds
-from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, sweep
+from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, scores_of, sweep
 from sparse_flash_jax.kernels.walks import Side, of_keys
 
 
@@ -128,26 +128,21 @@ def _dkv_kernel(
                 multiply(dp_ref, v_rows, do_ring.at[slot(j)], stage, transposed=True)
 
             def weights(s_ref, j, masked, behind):
-                """p of a step, `behind` products issued after that of its scores; and scores over their soft cap."""
+                """p of a step, `behind` products issued after that of its scores; and the slope of a soft cap."""
                 s = plgpu.wgmma_accumulator_load(s_ref, wait_n=behind)
                 lse_row = by_column(lse_ring, j) if absent is None else by_column(lse_ring, j) + absent
-                bent = None
-                if soft_cap is None:
-                    s = s * (scale * LOG2E)
-                else:
-                    bent = jnp.tanh(s * (scale / soft_cap))
-                    s = bent * (soft_cap * LOG2E)
+                s, slope = scores_of(s, scale, soft_cap, unit=LOG2E)
                 first = tile_at(j) * block.columns if masked else None
                 p = jnp.exp2(hide_unseen(s - spread_columns(lse_row, tile), LOWEST, edges, first, None, masked))
-                return p, bent
+                return p, slope
 
-            def gradient(p, bent, dp_ref, j, behind):
+            def gradient(p, slope, dp_ref, j, behind):
                 """ds of a step, `behind` products issued after that of dp."""
                 if short_p:
                     p = p.astype(dtype)
                 p, dp = lax.optimization_barrier((p, plgpu.wgmma_accumulator_load(dp_ref, wait_n=behind)))
                 ds = p.astype(jnp.float32) * (dp - spread_columns(by_column(delta_ring, j), tile))
-                return (ds if bent is None else ds * (1.0 - bent * bent)).astype(dtype)
+                return (ds if slope is None else ds * slope).astype(dtype)
 
             def release(j):
                 plgpu.wgmma_wait(0)
@@ -162,13 +157,13 @@ def _dkv_kernel(
                     plgpu.barrier_wait(do_ready.at[slot(j)])
                     if "k" in parts and not late:
                         issue_dp(j, dp_ref)
-                    p, bent = weights(s_ref, j, masked, behind=0 if late else len(products) - 1)
+                    p, slope = weights(s_ref, j, masked, behind=0 if late else len(products) - 1)
                     turns.give()  # only now: the others' first products then run under what follows here
                     if "k" in parts and late:
                         issue_dp(j, dp_ref)
                     if "v" in parts:
                         multiply(sums["v"], p.astype(dtype), do_ring.at[slot(j)], stage)
-                    return gradient(p, bent, dp_ref, j, behind=len(parts) - 1) if "k" in parts else None
+                    return gradient(p, slope, dp_ref, j, behind=len(parts) - 1) if "k" in parts else None
 
                 products = [product(tile)] * (2 if "k" in parts else 1)
                 ds = pl.run_scoped(scoped, *products)

@@ -34,7 +34,7 @@ from sparse_flash_jax.kernels.mosaic.products import (
     spread_rows,
 )
 from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Program, Shapes
-from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, sweep
+from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, scores_of, sweep
 from sparse_flash_jax.kernels.walks import of_queries
 
 
@@ -99,12 +99,7 @@ def _dq_kernel(
                 multiply(dp_ref, do_tile.at[here], v_ring.at[slot(j)], stage, transposed=True)
                 turns.give()
                 s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-                bent = None
-                if soft_cap is None:
-                    s = s * (scale * LOG2E)
-                else:
-                    bent = jnp.tanh(s * (scale / soft_cap))
-                    s = bent * (soft_cap * LOG2E)
+                s, slope = scores_of(s, scale, soft_cap, unit=LOG2E)
                 s = s - spread_rows(lse_row, tile)
                 if masked:
                     column_tile = tile_at(j)
@@ -114,7 +109,7 @@ def _dq_kernel(
                 dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=0)
                 plgpu.barrier_arrive(v_free.at[slot(j)])
                 ds = p * (dp - spread_rows(delta_row, tile))
-                return (ds if bent is None else ds * (1.0 - bent * bent)).astype(dtype)
+                return (ds if slope is None else ds * slope).astype(dtype)
 
             ds = pl.run_scoped(gradient, product(tile), product(tile))
             multiply(acc, ds, k_ring.at[slot(j)], stage)

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 
 from sparse_flash_jax.kernels.config import HopperBlocks
 from sparse_flash_jax.kernels.tiles import TileRange, tile_range
-from sparse_flash_jax.kernels.walks import Bounds, Listed, tile_at
+from sparse_flash_jax.kernels.walks import Bounds, Listed, limit_at, tile_at
 
 WARPGROUP_ROWS = 64  # of one wgmma
 NARROW = 64  # columns: wider blocks leave few registers beside sums and scores
@@ -90,8 +90,7 @@ class Program:
             return lambda step: step
         row, index = self.bounds(bounds.steps, member), None
         if bounds.lists is not None:
-            of_index, rows = self.bounds(bounds.lists, member), jnp.int32(self.shapes.listed.rows)
-            block = lax.min(lax.div(self.tile(r), rows), jnp.int32(bounds.lists.shape[2] - 1))
+            of_index, block = self.bounds(bounds.lists, member), self.shapes.listed.row(self.tile(r), bounds.lists)
             index = lambda x: bounds.lists[*of_index, block, x]
         steps = lambda x: bounds.steps[*row, self.tile(r), x]
         return lambda step: tile_at(step, steps, index, self.shapes.listed.columns)
@@ -100,9 +99,8 @@ class Program:
         """Returns past which column of a tile nothing is visible to any row; None where that is not so of any."""
         if bounds.limit is None:
             return None
-        split = jnp.int32(self.shapes.listed.columns)
-        block = lax.div(tile, split)
-        return block * split * self.block.columns + bounds.limit[*self.bounds(bounds.limit, member), block]
+        of_block = lambda block: bounds.limit[*self.bounds(bounds.limit, member), block]
+        return limit_at(tile, of_block, self.shapes.listed.columns, self.block.columns)
 
     def visit(self, r: Any, bounds: Bounds, member: Any = 0, *, together: bool = False) -> "Visit":
         """Returns the same, and those among them that this warpgroup computes with: all if they go `together`."""

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32
 
 from sparse_flash_jax.kernels.config import Blocks, Config
-from sparse_flash_jax.kernels.tiles import LOG2E, Runs
+from sparse_flash_jax.kernels.tiles import LOG2E, Runs, scores_of
 from sparse_flash_jax.kernels.triton import launch
 from sparse_flash_jax.kernels.triton.sight import Sight
 from sparse_flash_jax.kernels.walks import of_keys, of_queries
@@ -31,7 +31,9 @@ def _dq_kernel(
     def step(j, acc, *, masked):
         columns = pl.ds(j * block.columns, block.columns)
         k_tile, v_tile = k[b, head, columns, :], v[b, head, columns, :]  # [columns, H]
-        s, slope = launch.scores(launch.dot(q_tile, k_tile, contract=(1, 1), precision=precision), scale, soft_cap)
+        s, slope = scores_of(
+            launch.dot(q_tile, k_tile, contract=(1, 1), precision=precision), scale, soft_cap, unit=LOG2E
+        )
         p = jnp.exp2(s - lse_row[:, None])
         ds = p * (launch.dot(do_tile, v_tile, contract=(1, 1), precision=precision) - delta_row[:, None])
         ds = ds if slope is None else ds * slope
@@ -59,7 +61,9 @@ def _dkv_kernel(
             columns = pl.ds(j * block.columns, block.columns)
             q_tile, do_tile = q[b, n, columns, :], do[b, n, columns, :]  # [columns, H]
             lse_column, delta_column = lse[b, n, columns] * LOG2E, delta[b, n, columns]  # [columns]
-            s, slope = launch.scores(launch.dot(k_tile, q_tile, contract=(1, 1), precision=precision), scale, soft_cap)
+            s, slope = scores_of(
+                launch.dot(k_tile, q_tile, contract=(1, 1), precision=precision), scale, soft_cap, unit=LOG2E
+            )
             p = jnp.exp2(s - lse_column[None, :])
             dp = launch.dot(v_tile, do_tile, contract=(1, 1), precision=precision) - delta_column[None, :]
             ds = p * dp if slope is None else p * dp * slope

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32
 
 from sparse_flash_jax.kernels.config import Blocks, Config
-from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs
+from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, scores_of
 from sparse_flash_jax.kernels.triton import launch
 from sparse_flash_jax.kernels.triton.sight import Sight
 from sparse_flash_jax.kernels.walks import of_queries
@@ -30,7 +30,7 @@ def _kernel(order, bounds, q, k, v, o, lse, *, scale, block, heads, group, tiles
         top, total, acc = carry
         columns = pl.ds(j * block.columns, block.columns)
         k_tile, v_tile = k[b, head, columns, :], v[b, head, columns, :]  # [columns, H]
-        s, _ = launch.scores(launch.dot(q_tile, k_tile, contract=(1, 1), precision=precision), scale, soft_cap)
+        s, _ = scores_of(launch.dot(q_tile, k_tile, contract=(1, 1), precision=precision), scale, soft_cap, unit=LOG2E)
         seen = sight.visible(j) if masked else None
         s = s if seen is None else jnp.where(seen, s, LOWEST)
         new_top = jnp.maximum(top, jnp.max(s, axis=1))

@@ -14,7 +14,6 @@ from jaxtyping import Array, Int32
 
 from sparse_flash_jax.kernels.config import Blocks, Config, operand_side
 from sparse_flash_jax.kernels.padding import pad, padded_shape
-from sparse_flash_jax.kernels.tiles import LOG2E
 from sparse_flash_jax.kernels.walks import Side, bounds_of
 
 _SMALLEST = 16  # side of a product's operands
@@ -154,14 +153,6 @@ def place(order_ref: Any, heads: int, tiles: int) -> tuple[Array, Array, Array]:
     program = order_ref[pl.program_id(0)]
     row = lax.div(program, jnp.int32(tiles))
     return lax.div(row, jnp.int32(heads)), lax.rem(row, jnp.int32(heads)), lax.rem(program, jnp.int32(tiles))
-
-
-def scores(s: Array, scale: float, soft_cap: float | None) -> tuple[Array, Array | None]:
-    """Returns products as scores in base 2, under a soft cap if there is one, and the cap's slope there."""
-    if soft_cap is None:
-        return s * (scale * LOG2E), None
-    bent = jnp.tanh(s * (scale / soft_cap))
-    return bent * (soft_cap * LOG2E), 1.0 - bent * bent
 
 
 def dot(a: Array, b: Array, *, contract: tuple[int, int], precision: Any) -> Array:

@@ -50,7 +50,7 @@ class Sight:
         index = None
         if refs.lists is not None:
             of_index = self._row(refs.lists)
-            listed_row = lax.min(lax.div(self._i, jnp.int32(self._listed.rows)), jnp.int32(refs.lists.shape[2] - 1))
+            listed_row = self._listed.row(self._i, refs.lists)
             index = lambda x: refs.lists[*of_index, listed_row, x]
         tile_at = functools.partial(walks.tile_at, steps=lambda x: steps[x], index=index, split=self._listed.columns)
         return sweep(lambda i, carry, masked: step(tile_at(i), carry, masked=masked), TileRange(*steps[:4]), carry)
@@ -61,12 +61,11 @@ class Sight:
         column = tile * columns + lax.broadcasted_iota(jnp.int32, (self._block.rows, columns), 1)
         seen = [(start[:, None] <= column) & (column < stop[:, None]) for start, stop in self._bounds]
         visible = functools.reduce(jnp.logical_or, seen)
-        if self._refs.limit is None:
+        limit = self._refs.limit
+        if limit is None:
             return visible
-        split = jnp.int32(self._listed.columns)
-        block = lax.div(tile, split)
-        limit = block * split * columns + self._refs.limit[*self._row(self._refs.limit), block]
-        return visible & (column < limit)
+        of_block = lambda block: limit[*self._row(limit), block]
+        return visible & (column < walks.limit_at(tile, of_block, self._listed.columns, columns))
 
     def _row(self, ref: Any) -> tuple[Any, Any]:
         """The row of an array [B|1 A ...] that holds for this batch entry and head."""
