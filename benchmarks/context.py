@@ -185,12 +185,19 @@ def _step(case: Case, attend: Callable[..., jax.Array]) -> jax.stages.Wrapped:
 
 
 def _errors(got: Operands, expected: Operands, parts: int, zigzag: bool) -> dict[str, float]:
-    """The largest difference of each result over its largest value."""
-    errors = {}
-    for name, x, y in zip(NAMES, jax.device_get(got), expected, strict=True):
-        x, y = ((sfj.from_zigzag(x, parts) if zigzag else x).astype("float32"), y.astype("float32"))
-        errors[name] = float(abs(x - y).max() / abs(y).max())
-    return errors
+    """The largest difference of each result over its largest value, by the devices that hold it."""
+    laid_out = parts if zigzag else None
+    return {
+        name: float(_error(x, jax.device_put(y, x.sharding), parts=laid_out))
+        for name, x, y in zip(NAMES, got, expected, strict=True)
+    }
+
+
+@functools.partial(jax.jit, static_argnames="parts")
+def _error(x: jax.Array, y: jax.Array, *, parts: int | None) -> jax.Array:
+    y = y if parts is None else sfj.to_zigzag(y, parts)
+    x, y = x.astype("float32"), y.astype("float32")
+    return abs(x - y).max() / abs(y).max()
 
 
 def _peak(mesh: Mesh) -> int | None:
