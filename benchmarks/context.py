@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from context_work import work
-from environment import environment, written
+from environment import environment, save, written
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from passes import memory_bytes
 from selection import QUICK_LENGTH
@@ -65,7 +65,8 @@ def main() -> None:
     platform = jax.default_backend()
     result: dict[str, Any] = {"environment": environment()}
     name = "context-work" if args.count else f"context-{platform}"
-    with written(result, args.out or (None if args.quick else RESULTS / f"{name}.json")):
+    path = args.out or (None if args.quick else RESULTS / f"{name}.json")
+    with written(result, path):
         if args.count:
             length = QUICK_LENGTH if args.quick else COUNTED_LENGTH
             result["work"] = work(length, args.buckets, COUNTED_DEVICES)
@@ -77,6 +78,8 @@ def main() -> None:
         for length in (QUICK_LENGTH,) if args.quick else args.lengths or LENGTHS[platform]:
             for buckets in args.buckets:
                 _measure_case(Case(length, heads, head_dim, dtype, buckets), mesh, args, result["cases"])
+                if path is not None:
+                    save(result, path)
 
 
 def _arguments() -> argparse.Namespace:

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from environment import environment, written
+from environment import environment, save, written
 from passes import memory_bytes
 from selection import QUICK_LENGTH
 from train_step import time_steps
@@ -39,7 +39,8 @@ def main() -> None:
     samples = 1 if args.quick else args.samples
     variant = Variant(args.attention, BUCKETS if args.attention in HASHED else None)
     result: dict[str, Any] = {"environment": environment(), "steps": []}
-    with written(result, args.out or (None if args.quick else RESULTS / f"scaling-{jax.default_backend()}.json")):
+    path = args.out or (None if args.quick else RESULTS / f"scaling-{jax.default_backend()}.json")
+    with written(result, path):
         print(f"{variant}, {length} tokens a sequence, {tokens} a device")
         print(f"{'mesh':<28}{'parallel':>9}{'ms':>9}{'tokens/s':>11}{'efficiency':>12}{'GiB':>7}")
         alone = None
@@ -50,9 +51,13 @@ def main() -> None:
                 alone = record["tokens_per_second"] if not result["steps"] else alone
                 record["efficiency"] = alone and record["tokens_per_second"] / alone / record["devices"]
             except jax.errors.JaxRuntimeError as error:  # out of memory
+                if "SystemExit" in str(error):  # stopped while XLA, compiling, called Python
+                    raise
                 record["failed"] = str(error).splitlines()[0][:200]
             result["steps"].append(record)
             print(_row(record), flush=True)
+            if path is not None:
+                save(result, path)
 
 
 def _arguments() -> argparse.Namespace:
