@@ -36,6 +36,8 @@ class HopperBlocks:
     """Tiles that one program walks through, loading ahead: for short runs."""
     rows_in_registers: bool = False
     """dK/dV: whether k and v are first operands from registers, not from shared memory."""
+    walks: int = 1
+    """Of listed blocks: parts of the tile's rows that walk lists of their own, with a ring of buffers each."""
 
     @property
     def rows(self) -> int:
@@ -90,8 +92,15 @@ def _fit_blocks(tile: Blocks, rows: int, columns: int) -> Blocks:
 def _fit_hopper(tile: HopperBlocks, rows: int, columns: int) -> HopperBlocks:
     if rows % 64 or columns % 64:
         raise NotImplementedError(f"the Hopper kernels take blocks of multiples of 64 tokens, got {rows} x {columns}.")
-    most = next(x for x in range(tile.warpgroups, 0, -1) if rows % (64 * x) == 0)
-    return dataclasses.replace(tile, warpgroups=most, columns=math.gcd(tile.columns, columns))
+    of_walk = next(x for x in range(tile.warpgroups, 0, -1) if rows % (64 * x) == 0)
+    walks = tile.warpgroups // of_walk
+    return dataclasses.replace(
+        tile,
+        warpgroups=walks * of_walk,
+        columns=math.gcd(tile.columns, columns),
+        turns=tile.turns and walks == 1,  # of those who take as many steps
+        walks=walks,
+    )
 
 
 def xla_config(query_slots: int, key_slots: int) -> Config[Blocks]:

@@ -285,8 +285,8 @@ def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, soft_cap, config, order
     held, both = row_buffers(block), 2 if "k" in parts else 1
     q_ready, do_ready, free = ready_barriers(block, 2), ready_barriers(block, both), free_barriers(block)
     own = buffers(held, WARPGROUP_ROWS, head_dim, k.dtype)
-    ring = buffers(block.num_stages, block.columns, head_dim, k.dtype)
-    vector = plgpu.SMEM((block.num_stages, block.columns), jnp.float32)
+    ring = buffers(block.walks * block.num_stages, block.columns, head_dim, k.dtype)
+    vector = plgpu.SMEM((block.walks * block.num_stages, block.columns), jnp.float32)
     rows_ready = plgpu.Barrier(num_arrivals=both, num_barriers=held)
     unused = plgpu.SMEM((32,), jnp.float32)
     turn = plgpu.Barrier(num_barriers=block.warpgroups)

@@ -153,7 +153,7 @@ def backward_dq(
     held = row_buffers(block)
     ready, free = ready_barriers(block), free_barriers(block)
     own = buffers(held, WARPGROUP_ROWS, head_dim, q.dtype)
-    ring = buffers(block.num_stages, block.columns, head_dim, q.dtype)
+    ring = buffers(block.walks * block.num_stages, block.columns, head_dim, q.dtype)
     turn = plgpu.Barrier(num_barriers=block.warpgroups)
     (dq,) = launch(
         _dq_kernel,

@@ -228,7 +228,7 @@ def forward(
         raise ValueError(f"with overlap two tiles of keys are in use, so num_stages must be at least 2, got {block}.")
     held = row_buffers(block)
     ready, free = ready_barriers(block), free_barriers(block)
-    ring = buffers(block.num_stages, block.columns, head_dim, q.dtype)
+    ring = buffers(block.walks * block.num_stages, block.columns, head_dim, q.dtype)
     o, lse = launch(
         _kernel,
         of_queries(runs),

@@ -74,7 +74,7 @@ def launch(
         raise ValueError(f"tiles of the Hopper kernels have 1 to 4 warpgroups and columns in 64s, got {block}.")
     batch, row_heads, length = rows[0].shape[:3]
     heads, key_heads = sorted((row_heads, columns[0].shape[1]), reverse=True)
-    bounds, listed = bounds_of(side, block.rows, block.columns, WARPGROUP_ROWS)
+    bounds, listed = bounds_of(side, block.rows // block.walks, block.columns, WARPGROUP_ROWS)
     shapes = Shapes(
         block=block,
         length=pl.cdiv(length, WARPGROUP_ROWS) * WARPGROUP_ROWS,
@@ -161,9 +161,9 @@ def row_buffers(block: HopperBlocks) -> int:
 
 def ready_barriers(block: HopperBlocks, copies: int = 1) -> Any:
     """Returns the barriers of a ring's buffers that so many copies have filled."""
-    return plgpu.Barrier(num_arrivals=copies, num_barriers=block.num_stages)
+    return plgpu.Barrier(num_arrivals=copies, num_barriers=block.walks * block.num_stages)
 
 
 def free_barriers(block: HopperBlocks) -> Any:
     """Returns the barriers of a ring's buffers that all who compute have read."""
-    return plgpu.Barrier(num_arrivals=block.warpgroups, num_barriers=block.num_stages)
+    return plgpu.Barrier(num_arrivals=block.warpgroups // block.walks, num_barriers=block.walks * block.num_stages)
