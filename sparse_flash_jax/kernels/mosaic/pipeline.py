@@ -95,7 +95,7 @@ def load_keys(program: Program, bounds: Bounds, streams: Sequence[Stream]) -> No
     def feed(stream: Stream) -> Feed:
         def load(member: Any, j: Any, buffer: Any) -> None:
             columns = pl.ds(j * program.block.columns, program.block.columns)
-            source = stream.source.at[program.batch, head, columns]
+            source = program.part(stream.source, head, columns)
             plgpu.copy_gmem_to_smem(source, stream.ring.at[buffer], stream.ready.at[buffer])
 
         return Feed(stream.free, load)

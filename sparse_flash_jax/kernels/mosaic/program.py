@@ -35,6 +35,8 @@ class Shapes(NamedTuple):
     beside: int = 1
     """Heads whose programs are numbered by turns, not one head's after another's."""
     listed: Listed = Listed()
+    in_place: bool = False
+    """Whether rows and columns lie by position, [B L A H], and so do outputs."""
 
 
 class Program:
@@ -54,6 +56,11 @@ class Program:
     def rows(self, r: Any) -> Any:
         """Returns the rows of this warpgroup in the program's r-th tile; the last ones where it would be past them."""
         return pl.ds(lax.min(self._row(r), jnp.int32(self.shapes.length - WARPGROUP_ROWS)), WARPGROUP_ROWS)
+
+    def part(self, ref: Any, head: Any, rows: Any) -> Any:
+        """Returns rows of a head of this program's batch entry, of [B A L ...] or what lies by position."""
+        by_position = self.shapes.in_place and len(ref.shape) == 4
+        return ref.at[self.batch, rows, head] if by_position else ref.at[self.batch, head, rows]
 
     def past_the_end(self, r: Any) -> Any:
         """Returns whether this warpgroup has no rows of its own in the program's r-th tile."""
