@@ -13,7 +13,7 @@ from sparse_flash_jax.kernels.config import (
     Blocks,
     Config,
     HopperBlocks,
-    mosaic_config,
+    mosaic_config_beyond_runs,
     triton_config,
     within_blocks,
 )
@@ -95,12 +95,13 @@ def test_compiled(name, dtype):
 def test_kernels_lower_for_cuda(name, head_dim):
     runs = jax.eval_shape(plan_of(name)._replace).runs
     runs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), runs)
+    blocks = None if runs.blocks is None else (64, 64)
     with on(H100):
         for kernels, config in (
-            (mosaic, mosaic_config(head_dim, long_runs=False)),
+            (mosaic, mosaic_config_beyond_runs(head_dim, long_runs=True, blocks=blocks)),
             (triton, triton_config("bfloat16", head_dim, long_runs=False, capability=9.0)),
         ):
-            config = within_blocks(config, 64, 64) if runs.blocks is not None else config
+            config = within_blocks(config, *blocks, head_dim) if blocks else config
             for kernel, operands in passes(kernels, "bfloat16", head_dim, runs, LENGTH):
                 text = lowered(functools.partial(kernel, scale=0.1, config=config), *operands)
                 assert "mosaic_gpu" in text or "triton" in text

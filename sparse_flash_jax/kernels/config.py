@@ -1,6 +1,7 @@
 """Block sizes: which tiles a kernel works in. Plans know nothing of them, so passes may tile differently."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -36,6 +37,8 @@ class HopperBlocks:
     """Tiles that one program walks through, loading ahead: for short runs."""
     rows_in_registers: bool = False
     """dK/dV: whether k and v are first operands from registers, not from shared memory."""
+    walks: int = 1
+    """Of listed blocks: parts of the tile's rows that walk lists of their own, with a ring of buffers each."""
 
     @property
     def rows(self) -> int:
@@ -72,13 +75,21 @@ FUSED_HEAD_DIM = 64
 """The largest that `Config.fused` serves."""
 
 
-def within_blocks[Tile: Blocks | HopperBlocks](config: Config[Tile], query_block: int, key_block: int) -> Config[Tile]:
+WALKING_HEAD_DIM = 128
+"""The largest at which shared memory holds more than one walk's tiles."""
+
+
+def within_blocks[Tile: Blocks | HopperBlocks](
+    config: Config[Tile], query_block: int, key_block: int, head_dim: int
+) -> Config[Tile]:
     """Returns tiles no larger than those given, of which listed blocks of such sizes are made; for each pass by itself.
 
     Raises:
         NotImplementedError: if the kernels have no such tiles.
     """
-    fit: Any = _fit_hopper if isinstance(config.forward, HopperBlocks) else _fit_blocks
+    fit: Any = _fit_blocks
+    if isinstance(config.forward, HopperBlocks):
+        fit = functools.partial(_fit_hopper, walks=head_dim <= WALKING_HEAD_DIM)
     forward, dq = (fit(tile, query_block, key_block) for tile in (config.forward, config.dq))
     return dataclasses.replace(config, forward=forward, dq=dq, dkv=fit(config.dkv, key_block, query_block), fused=False)
 
@@ -87,11 +98,19 @@ def _fit_blocks(tile: Blocks, rows: int, columns: int) -> Blocks:
     return dataclasses.replace(tile, rows=math.gcd(tile.rows, rows), columns=math.gcd(tile.columns, columns))
 
 
-def _fit_hopper(tile: HopperBlocks, rows: int, columns: int) -> HopperBlocks:
+def _fit_hopper(tile: HopperBlocks, rows: int, columns: int, *, walks: bool) -> HopperBlocks:
+    """A tile in which several blocks of fewer rows walk their own lists, if `walks`; else it has fewer rows."""
     if rows % 64 or columns % 64:
         raise NotImplementedError(f"the Hopper kernels take blocks of multiples of 64 tokens, got {rows} x {columns}.")
-    most = next(x for x in range(tile.warpgroups, 0, -1) if rows % (64 * x) == 0)
-    return dataclasses.replace(tile, warpgroups=most, columns=math.gcd(tile.columns, columns))
+    of_walk = next(x for x in range(tile.warpgroups, 0, -1) if rows % (64 * x) == 0)
+    count = tile.warpgroups // of_walk if walks else 1
+    return dataclasses.replace(
+        tile,
+        warpgroups=count * of_walk,
+        columns=math.gcd(tile.columns, columns),
+        turns=tile.turns and count == 1,  # for those who take equally many steps
+        walks=count,
+    )
 
 
 def xla_config(query_slots: int, key_slots: int) -> Config[Blocks]:
@@ -177,6 +196,33 @@ def mosaic_config(head_dim: int, *, long_runs: bool) -> Config[HopperBlocks]:
         forward=HopperBlocks(warpgroups=4, columns=64, num_stages=3, tiles=3),
         dq=HopperBlocks(warpgroups=3, columns=64, num_stages=3, tiles=2),
         dkv=HopperBlocks(warpgroups=2, columns=64, num_stages=3, tiles=2, rows_in_registers=True),
+    )
+
+
+def mosaic_config_beyond_runs(
+    head_dim: int, *, long_runs: bool, blocks: tuple[int, int] | None
+) -> Config[HopperBlocks]:
+    """Returns tiles for the Hopper kernels where rows see two runs, or listed blocks; those are still to be fitted.
+
+    Args:
+        head_dim: H.
+        long_runs: as of `mosaic_config`.
+        blocks: rows and columns of a listed block, or None.
+    """
+    if head_dim > 64:
+        return dataclasses.replace(mosaic_config(head_dim, long_runs=long_runs), fused=False)
+    if blocks is not None and any(size % 128 for size in blocks):
+        return Config(
+            forward=HopperBlocks(warpgroups=3, columns=64, num_stages=4, overlap=True),
+            dq=HopperBlocks(warpgroups=2, columns=64, num_stages=3),
+            dkv=HopperBlocks(warpgroups=2, columns=64, num_stages=3, tiles=2, rows_in_registers=True),
+        )
+    return Config(
+        forward=HopperBlocks(warpgroups=2, columns=128, num_stages=2, turns=True, overlap=True, tiles=2),
+        dq=HopperBlocks(warpgroups=2, columns=128, num_stages=2, tiles=2),
+        dkv=HopperBlocks(warpgroups=2, columns=64, num_stages=3, tiles=2, rows_in_registers=True)
+        if blocks is None
+        else HopperBlocks(warpgroups=2, columns=128, num_stages=2),
     )
 
 

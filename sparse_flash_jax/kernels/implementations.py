@@ -23,6 +23,7 @@ from sparse_flash_jax.kernels.config import (
     Config,
     HopperBlocks,
     mosaic_config,
+    mosaic_config_beyond_runs,
     triton_config,
     within_blocks,
     xla_config,
@@ -109,6 +110,11 @@ def order_to_write(implementation: str, config: Config, side: Permutation | None
     return side.order if side.order.shape[2] == side.slot.shape[2] else None
 
 
+def reads_in_place(implementation: str, config: Config, lengths: tuple[int, int], head_dim: int) -> bool:
+    """Returns whether kernels can take so many queries and keys by position, [B T N H] and [B S K H]."""
+    return implementation == "mosaic" and kernels_of(implementation).reads_in_place(config, lengths, head_dim)
+
+
 def whole_slots(implementation: str) -> int:
     """Returns what numbers of slots are to be a multiple of, so that kernels need no padded copies."""
     return 128 if implementation == "mosaic" else 1
@@ -151,15 +157,20 @@ def default_config(implementation: str, *, dtype: Any, head_dim: int, runs: Runs
     else:
         config = tuned_config(implementation, dtype, head_dim, long_runs=long_runs)
     if config is None and implementation == "mosaic":
-        config = mosaic_config(head_dim, long_runs=long_runs)
+        sizes = None if runs.blocks is None else (runs.blocks.sizes.queries, runs.blocks.sizes.keys)
+        plain, beyond = mosaic_config, functools.partial(mosaic_config_beyond_runs, blocks=sizes)
+        config = (plain if runs.plain else beyond)(head_dim, long_runs=long_runs)
     elif config is None:
         config = triton_config(dtype, head_dim, long_runs=long_runs, capability=_compute_capability())
-    return within_runs(config if runs.plain else dataclasses.replace(config, fused=False), runs)
+    return within_runs(config if runs.plain else dataclasses.replace(config, fused=False), runs, head_dim)
 
 
-def within_runs(config: Config, runs: Runs) -> Config:
+def within_runs(config: Config, runs: Runs, head_dim: int) -> Config:
     """Returns tiles of which the listed blocks are made, if there are any; no larger than those given."""
-    return config if runs.blocks is None else within_blocks(config, runs.blocks.sizes.queries, runs.blocks.sizes.keys)
+    if runs.blocks is None:
+        return config
+    sizes = runs.blocks.sizes
+    return within_blocks(config, sizes.queries, sizes.keys, head_dim)
 
 
 def _blocks_of(implementation: str) -> type:

@@ -21,6 +21,7 @@ from sparse_flash_jax.kernels.implementations import (
     kernels_of,
     order_to_write,
     pick_implementation,
+    reads_in_place,
     whole_slots,
     within_runs,
 )
@@ -36,6 +37,9 @@ RESIDUAL_NAMES = ("sparse_attention_o", "sparse_attention_lse")
 
 ROWS_NAME = "sparse_attention_rows"
 """`checkpoint_name` of q, k and v by slot: a remat policy that saves them, too, does not move them twice."""
+
+_IN_PLACE = ()
+"""Orders of rows that kernels read, and outputs that they write, by position."""
 
 # Axes of q, k and v as `by_batch_and_head` has them.
 _BY_POSITION, _BY_SLOT = ("b-n-", "b-k-", "b-k-"), ("bn--", "bk--", "bk--")
@@ -137,8 +141,10 @@ def _call(q, k, v, runs, orders, *, scale, soft_cap, implementation, config, lon
     elif config.fused and not runs.plain:
         raise ValueError("config.fused takes plans of one run for each query, without blocks; leave fused out.")
     else:
-        config = within_runs(config, runs)
-    if orders is not None and row_kernels(implementation, interpret=config.interpret) is not None:
+        config = within_runs(config, runs, q.shape[-1])
+    if orders == (None, None) and reads_in_place(implementation, config, (q.shape[1], k.shape[1]), q.shape[3]):
+        orders = _IN_PLACE
+    elif orders is not None and row_kernels(implementation, interpret=config.interpret) is not None:
         # Kernels change the layout as they move rows, several arrays a launch, though slots be positions.
         orders = tuple(identity(x.shape[1]) if side is None else side for x, side in zip((q, k), orders, strict=True))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
@@ -152,8 +158,8 @@ def _attention(q, k, v, runs, orders, scores, implementation, config):
 
 
 def _forward(q, k, v, runs, orders, scores, implementation, config):
-    if orders is None:
-        o, lse = _attend(q, k, v, runs, None, scores, implementation, config)
+    if not orders:
+        o, lse = _attend(q, k, v, runs, orders, scores, implementation, config)
     else:
         rows = row_kernels(implementation, interpret=config.interpret)
         q, k, v = _to_slots(q, k, v, orders, rows, whole_slots(implementation))
@@ -183,15 +189,15 @@ def _attend(q, k, v, runs, orders, scores, implementation, config):
     forward = functools.partial(kernels_of(implementation).forward, **scores._asdict(), config=config)
 
     def attend(q, k, v, runs, orders):
-        if orders is None:
-            return forward(q, k, v, runs)
+        if not orders:
+            return forward(q, k, v, runs, **_where(orders))
         order = order_to_write(implementation, config, orders[0])
         o, lse = forward(q, k, v, _extended(runs, q, k), **_given(order))
         if order is None:
             (o,) = to_positions((o,), orders[:1], row_kernels(implementation, interpret=config.interpret))
         return o, lse[..., : runs.k_start.shape[2]]
 
-    axes = *_BY_SLOT, _runs_letters(runs), _letters(orders)
+    axes = *_rows_letters(orders), _runs_letters(runs), _letters(orders)
     results, divisible = (_o_letters(orders), "bn-"), not config.interpret
     return by_batch_and_head(attend, (q, k, v, runs, orders), axes, results, divisible=divisible)
 
@@ -201,7 +207,7 @@ def _backward(scores, implementation, config, residuals, cotangents):
     q, k, v, runs, orders, o, lse = residuals
     operands = q, k, v, runs, orders, o, lse, *cotangents
     o_letters, by = _o_letters(orders), _BY_SLOT if orders is None else _BY_POSITION
-    axes = *_BY_SLOT, _runs_letters(runs), _letters(orders), o_letters, "bn-", o_letters, "bn-"
+    axes = *_rows_letters(orders), _runs_letters(runs), _letters(orders), o_letters, "bn-", o_letters, "bn-"
     gradients = functools.partial(_gradients, scores, implementation, config)
     divisible = not config.interpret
     return *by_batch_and_head(gradients, operands, axes, by, summed=True, divisible=divisible), None, None
@@ -209,8 +215,9 @@ def _backward(scores, implementation, config, residuals, cotangents):
 
 def _gradients(scores, implementation, config, q, k, v, runs, orders, o, lse, do, dlse):
     rows = row_kernels(implementation, interpret=config.interpret)
-    if orders is None:
+    if not orders:
         delta = sum_of_products(o, do)
+        delta = delta if orders is None else jnp.swapaxes(delta, 1, 2)
     else:
         do, delta = to_slots_with_delta(do, o, orders[0], rows, whole_slots(implementation))
         past = (0, 0), (0, 0), (0, do.shape[2] - lse.shape[2])
@@ -222,15 +229,18 @@ def _gradients(scores, implementation, config, q, k, v, runs, orders, o, lse, do
         lse = jnp.where(jnp.isneginf(lse), -LOWEST, lse)
     kernels, operands = kernels_of(implementation), (q, k, v, runs, lse, do, delta)
     written = (None, None)
-    if orders is not None and not config.fused:
+    if orders and not config.fused:
         written = tuple(order_to_write(implementation, config, side) for side in orders)
         written = (None, None) if None in written else written
+    options = {**scores._asdict(), "config": config, **_where(orders)}
     if config.fused:
-        dq, dk, dv = kernels.backward(*operands, **scores._asdict(), config=config)
+        dq, dk, dv = kernels.backward(*operands, **options)
+        if orders == _IN_PLACE:  # sums of dq go by slot
+            (dq,) = to_positions((dq,), (identity(q.shape[1]),), rows)
     else:
-        dq = kernels.backward_dq(*operands, **scores._asdict(), config=config, **_given(written[0]))
-        dk, dv = kernels.backward_dkv(*operands, **scores._asdict(), config=config, **_given(written[1]))
-    if orders is not None and written == (None, None):
+        dq = kernels.backward_dq(*operands, **options, **_given(written[0]))
+        dk, dv = kernels.backward_dkv(*operands, **options, **_given(written[1]))
+    if orders and written == (None, None):
         dq, dk, dv = to_positions((dq, dk, dv), (orders[0], orders[1], orders[1]), rows)
     return dq, dk, dv
 
@@ -240,18 +250,28 @@ def _runs_letters(runs: Runs) -> Runs:
     return jax.tree.map(lambda x: "bn" + "-" * (x.ndim - 2), runs)
 
 
+def _rows_letters(orders: Any) -> tuple[str, ...]:
+    """The axes of q, k and v as kernels have them."""
+    return _BY_POSITION if orders == _IN_PLACE else _BY_SLOT
+
+
 def _o_letters(orders: Any) -> str:
     return _BY_SLOT[0] if orders is None else _BY_POSITION[0]
 
 
 def _letters(orders: Any) -> Any:
     """The axes of orders, as `by_batch_and_head` has them."""
-    if orders is None:
-        return None
+    if not orders:
+        return orders
     return tuple(
         None if side is None else Permutation._make([axes] * 2)
         for side, axes in zip(orders, ("bn-", "bk-"), strict=True)
     )
+
+
+def _where(orders: Any) -> dict[str, bool]:
+    """An argument of kernels that can read rows in place."""
+    return {"in_place": True} if orders == _IN_PLACE else {}
 
 
 def _given(order: Array | None) -> dict[str, Array]:

@@ -4,3 +4,4 @@ from sparse_flash_jax.kernels.mosaic.dkv import backward as backward
 from sparse_flash_jax.kernels.mosaic.dkv import backward_dkv as backward_dkv
 from sparse_flash_jax.kernels.mosaic.dq import backward_dq as backward_dq
 from sparse_flash_jax.kernels.mosaic.forward import forward as forward
+from sparse_flash_jax.kernels.mosaic.launch import reads_in_place as reads_in_place

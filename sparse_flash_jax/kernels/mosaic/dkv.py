@@ -27,6 +27,7 @@ from sparse_flash_jax.kernels.mosaic.dq_sums import (
 )
 from sparse_flash_jax.kernels.mosaic.launch import (
     buffers,
+    by_head,
     free_barriers,
     launch,
     padded_head_dim,
@@ -81,7 +82,7 @@ def _dkv_kernel(
         (dq, *outputs), parts = outputs, "kv"
         sums_of_dq, stage = DqSums(dq, stage[0], DsRing(*stage[1:4])), stage[4:]
     program, block = Program(shapes), shapes.block
-    b, head = program.batch, program.head
+    head = program.head
     dtype = k.dtype
     tile = (WARPGROUP_ROWS, block.columns)
     stage = stage[0].at[program.warpgroup] if stage else None
@@ -92,9 +93,9 @@ def _dkv_kernel(
 
     def fetch(r):
         own, rows = program.own(r), program.rows(r)
-        plgpu.copy_gmem_to_smem(k.at[b, head, rows], k_tile.at[own], rows_ready.at[own])
+        plgpu.copy_gmem_to_smem(program.part(k, head, rows), k_tile.at[own], rows_ready.at[own])
         if "k" in parts:
-            plgpu.copy_gmem_to_smem(v.at[b, head, rows], v_tile.at[own], rows_ready.at[own])
+            plgpu.copy_gmem_to_smem(program.part(v, head, rows), v_tile.at[own], rows_ready.at[own])
 
     def look(r, member):
         visit = program.visit(r, bounds, member, together=sums_of_dq is not None)
@@ -203,7 +204,7 @@ def _dkv_kernel(
             streams = [(q, q_ring, q_ready), (lse, lse_ring, q_ready), (do, do_ring, do_ready)]
             streams += [(delta, delta_ring, do_ready)] if "k" in parts else []
             for source, ring, ready in streams:
-                plgpu.copy_gmem_to_smem(source.at[b, n, columns], ring.at[buffer], ready.at[buffer])
+                plgpu.copy_gmem_to_smem(program.part(source, n, columns), ring.at[buffer], ready.at[buffer])
 
         load_columns(program, bounds, [Feed(free, load)])
 
@@ -217,19 +218,20 @@ def _dkv_kernel(
 
 
 def backward_dkv(
-    q: Float[Array, "B N T H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    q: Float[Array, "B _N _T H"],
+    k: Float[Array, "B _K _S H"],
+    v: Float[Array, "B _K _S H"],
     runs: Runs,
     lse: Float32[Array, "B N T"],
-    do: Float[Array, "B N T H"],
+    do: Float[Array, "B _N _T H"],
     delta: Float32[Array, "B N T"],
     *,
     scale: float,
     config: Config[HopperBlocks],
     soft_cap: float | None = None,
     order: Int32[Array, "#B #K C"] | None = None,
-) -> tuple[Float[Array, "B K S H"] | Float[Array, "B C K H"], ...]:
+    in_place: bool = False,
+) -> tuple[Float[Array, "B _K _S H"] | Float[Array, "B _C _K H"], ...]:
     """Returns dk and dv in k's dtype, summed over a group's query heads; [B C K H] by position, given the order."""
     # From head dim 192 on the registers hold one of the two sums.
     launches = ("kv",) if k.shape[3] <= 128 else ("k", "v")
@@ -237,29 +239,31 @@ def backward_dkv(
     dk, dv = (
         x
         for parts in launches
-        for x in _dkv(parts, *operands, scale=scale, soft_cap=soft_cap, config=config, order=order)
+        for x in _dkv(parts, *operands, scale=scale, soft_cap=soft_cap, config=config, order=order, in_place=in_place)
     )
     return dk, dv
 
 
 def backward(
-    q: Float[Array, "B N T H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    q: Float[Array, "B _N _T H"],
+    k: Float[Array, "B _K _S H"],
+    v: Float[Array, "B _K _S H"],
     runs: Runs,
     lse: Float32[Array, "B N T"],
-    do: Float[Array, "B N T H"],
+    do: Float[Array, "B _N _T H"],
     delta: Float32[Array, "B N T"],
     *,
     scale: float,
     config: Config[HopperBlocks],
     soft_cap: float | None = None,
-) -> tuple[Float[Array, "B N T H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    in_place: bool = False,
+) -> tuple[Float[Array, "B _N _T H"], Float[Array, "B _K _S H"], Float[Array, "B _K _S H"]]:
     """Returns dq, dk and dv from one kernel, with the tile of `config.dkv`; for head dims up to `FUSED_HEAD_DIM`."""
 
     @jax.custom_batching.custom_vmap
     def folded(q, k, v, runs, lse, do, delta):
-        return tuple(_dkv("qkv", q, k, v, runs, lse, do, delta, scale=scale, soft_cap=soft_cap, config=config))
+        options = {"scale": scale, "soft_cap": soft_cap, "config": config, "in_place": in_place}
+        return tuple(_dkv("qkv", q, k, v, runs, lse, do, delta, **options))
 
     @folded.def_vmap
     def _(size, batched, *operands):
@@ -276,17 +280,17 @@ def backward(
     dq, dk, dv = folded(q, k, v, runs, lse, do, delta)
     # Of queries that see nothing, no program may have been at the sums.
     sees = (runs.k_stop > runs.k_start)[:, :, None, :, None]
-    by_bounds = dq.reshape(q.shape[0], sees.shape[1], -1, *q.shape[2:])
-    return jnp.where(sees, by_bounds * scale, 0.0).astype(q.dtype).reshape(q.shape), dk, dv
+    by_bounds = dq.reshape(dq.shape[0], sees.shape[1], -1, *dq.shape[2:])
+    return jnp.where(sees, by_bounds * scale, 0.0).astype(q.dtype).reshape(dq.shape), dk, dv
 
 
-def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, soft_cap, config, order=None):
+def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, soft_cap, config, order=None, in_place=False):
     block, head_dim = config.dkv, padded_head_dim(k.shape[3])
     held, both = row_buffers(block), 2 if "k" in parts else 1
     q_ready, do_ready, free = ready_barriers(block, 2), ready_barriers(block, both), free_barriers(block)
     own = buffers(held, WARPGROUP_ROWS, head_dim, k.dtype)
-    ring = buffers(block.num_stages, block.columns, head_dim, k.dtype)
-    vector = plgpu.SMEM((block.num_stages, block.columns), jnp.float32)
+    ring = buffers(block.walks * block.num_stages, block.columns, head_dim, k.dtype)
+    vector = plgpu.SMEM((block.walks * block.num_stages, block.columns), jnp.float32)
     rows_ready = plgpu.Barrier(num_arrivals=both, num_barriers=held)
     unused = plgpu.SMEM((32,), jnp.float32)
     turn = plgpu.Barrier(num_barriers=block.warpgroups)
@@ -296,15 +300,18 @@ def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, soft_cap, config, order
     else:
         scratch = (own, unused, ring, ring, vector, unused, *barriers)
     like, beside = {"k": k, "v": v}, 1
+    (batch, heads, queries), (_, key_heads, keys) = (by_head(x, in_place) for x in (q, k))
     if "q" in parts:
-        programs = pl.cdiv(k.shape[2], block.rows) if config.interpret else 1
-        like["q"] = jax.ShapeDtypeStruct((programs * q.shape[0], *q.shape[1:]), jnp.float32)
-        beside = heads_beside(k.shape[1], q.shape[2], head_dim)
+        programs = pl.cdiv(keys, block.rows) if config.interpret else 1
+        like["q"] = jax.ShapeDtypeStruct((programs * batch, heads, queries, q.shape[3]), jnp.float32)
+        beside = heads_beside(key_heads, queries, head_dim)
         scratch = (*scratch, *sums_scratch(block, head_dim, k.dtype))
     side = of_keys(runs)
+    if side.second is not None:
+        beside = key_heads  # all heads' first keys to begin with: those that most queries see
     if "q" in parts:
         # Keys past the end must see nothing: what they add to dq would be infinity times zero where scores are low.
-        side = Side(*extend_bounds(side.start, side.stop, pl.cdiv(k.shape[2], WARPGROUP_ROWS) * WARPGROUP_ROWS))
+        side = Side(*extend_bounds(side.start, side.stop, pl.cdiv(keys, WARPGROUP_ROWS) * WARPGROUP_ROWS))
     outputs = launch(
         functools.partial(_dkv_kernel, parts=parts),
         side,
@@ -321,7 +328,8 @@ def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, soft_cap, config, order
         name="interval_attention_d" + parts,
         beside=beside,
         helpers=2 if "q" in parts else 1,
+        in_place=in_place,
     )
     if "q" in parts and config.interpret:
-        outputs[0] = sum_of_programs(outputs[0].reshape(-1, *q.shape))
+        outputs[0] = sum_of_programs(outputs[0].reshape(-1, batch, heads, queries, q.shape[3]))
     return outputs

@@ -73,8 +73,8 @@ def _dq_kernel(
 
     def fetch(r):
         own, rows = program.own(r), program.rows(r)
-        plgpu.copy_gmem_to_smem(q.at[b, n, rows], q_tile.at[own], rows_ready.at[own])
-        plgpu.copy_gmem_to_smem(do.at[b, n, rows], do_tile.at[own], rows_ready.at[own])
+        plgpu.copy_gmem_to_smem(program.part(q, n, rows), q_tile.at[own], rows_ready.at[own])
+        plgpu.copy_gmem_to_smem(program.part(do, n, rows), do_tile.at[own], rows_ready.at[own])
 
     def look(r):
         rows = program.rows(r)
@@ -135,25 +135,26 @@ def _dq_kernel(
 
 
 def backward_dq(
-    q: Float[Array, "B N T H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    q: Float[Array, "B _N _T H"],
+    k: Float[Array, "B _K _S H"],
+    v: Float[Array, "B _K _S H"],
     runs: Runs,
     lse: Float32[Array, "B N T"],
-    do: Float[Array, "B N T H"],
+    do: Float[Array, "B _N _T H"],
     delta: Float32[Array, "B N T"],
     *,
     scale: float,
     config: Config[HopperBlocks],
     soft_cap: float | None = None,
     order: Int32[Array, "#B #N C"] | None = None,
-) -> Float[Array, "B N T H"] | Float[Array, "B C N H"]:
+    in_place: bool = False,
+) -> Float[Array, "B _N _T H"] | Float[Array, "B _C _N H"]:
     """Returns dq in q's dtype, [B C N H] by position given the order; `delta` is sum(o * do) less lse's cotangent."""
     block, head_dim = config.dq, padded_head_dim(q.shape[3])
     held = row_buffers(block)
     ready, free = ready_barriers(block), free_barriers(block)
     own = buffers(held, WARPGROUP_ROWS, head_dim, q.dtype)
-    ring = buffers(block.num_stages, block.columns, head_dim, q.dtype)
+    ring = buffers(block.walks * block.num_stages, block.columns, head_dim, q.dtype)
     turn = plgpu.Barrier(num_barriers=block.warpgroups)
     (dq,) = launch(
         _dq_kernel,
@@ -169,5 +170,6 @@ def backward_dq(
         last_first=True,
         config=config,
         name="interval_attention_dq",
+        in_place=in_place,
     )
     return dq

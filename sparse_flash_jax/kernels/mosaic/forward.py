@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from sparse_flash_jax.kernels.config import Config, HopperBlocks
 from sparse_flash_jax.kernels.mosaic.launch import (
     buffers,
+    by_head,
     free_barriers,
     launch,
     padded_head_dim,
@@ -68,7 +69,7 @@ def _kernel(
     shapes: Shapes,
 ):
     program, block = Program(shapes), shapes.block
-    b, n = program.batch, program.head
+    n = program.head
     head_dim, dtype = q.shape[3], q.dtype
     tile = (WARPGROUP_ROWS, block.columns)
     factor = (scale if soft_cap is None else soft_cap) * LOG2E
@@ -79,7 +80,7 @@ def _kernel(
 
     def fetch(r):
         own = program.own(r)
-        plgpu.copy_gmem_to_smem(q.at[b, n, program.rows(r)], q_tile.at[own], q_ready.at[own])
+        plgpu.copy_gmem_to_smem(program.part(q, n, program.rows(r)), q_tile.at[own], q_ready.at[own])
 
     def look(r):
         return program.visit(r, bounds), load_bounds(bounds, program, r)
@@ -212,30 +213,34 @@ def _accumulate(issue: Callable[..., None], acc: Array, *others: Array) -> Any:
 
 
 def forward(
-    q: Float[Array, "B N T H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    q: Float[Array, "B _N _T H"],
+    k: Float[Array, "B _K _S H"],
+    v: Float[Array, "B _K _S H"],
     runs: Runs,
     *,
     scale: float,
     config: Config[HopperBlocks],
     soft_cap: float | None = None,
     order: Int32[Array, "#B #N C"] | None = None,
-) -> tuple[Float[Array, "B N T H"] | Float[Array, "B C N H"], Float32[Array, "B N T"]]:
-    """Returns o in q's dtype, and lse with -inf where a row sees nothing; o [B C N H] by position, given the order."""
+    in_place: bool = False,
+) -> tuple[Float[Array, "B _N _T H"] | Float[Array, "B _C _N H"], Float32[Array, "B N T"]]:
+    """Returns o in q's dtype, and lse with -inf where a row sees nothing; o [B C N H] by position, given the order.
+
+    With `in_place` q, k, v and o are all by position, [B T N H].
+    """
     block, head_dim = config.forward, padded_head_dim(q.shape[3])
     if block.overlap and block.num_stages < 2:
         raise ValueError(f"with overlap two tiles of keys are in use, so num_stages must be at least 2, got {block}.")
     held = row_buffers(block)
     ready, free = ready_barriers(block), free_barriers(block)
-    ring = buffers(block.num_stages, block.columns, head_dim, q.dtype)
+    ring = buffers(block.walks * block.num_stages, block.columns, head_dim, q.dtype)
     o, lse = launch(
         _kernel,
         of_queries(runs),
         order,
         (q,),
         (k, v),
-        (q, jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)),
+        (q, jax.ShapeDtypeStruct(by_head(q, in_place), jnp.float32)),
         (
             buffers(held, WARPGROUP_ROWS, head_dim, q.dtype),
             ring,
@@ -254,5 +259,6 @@ def forward(
         last_first=True,
         config=config,
         name="interval_attention_forward",
+        in_place=in_place,
     )
     return o, lse

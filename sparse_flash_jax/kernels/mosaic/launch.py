@@ -44,6 +44,7 @@ def launch(
     name: str,
     beside: int = 1,
     helpers: int = 1,
+    in_place: bool = False,
 ) -> list[Array]:
     """Returns a kernel's outputs, computed tile of rows by tile of rows.
 
@@ -66,25 +67,29 @@ def launch(
         name: of the kernel, as profilers show it.
         beside: heads whose programs are numbered by turns; a divisor of the rows' heads.
         helpers: warpgroups besides those that compute.
+        in_place: whether rows, columns and outputs with a head dim are by position, [B L A H], in whole tiles
+            (`reads_in_place`), as far as the kernel goes by `Program.part`; not with an order.
 
     Raises:
         ValueError: if there are no such tiles.
     """
     if block.warpgroups not in MAX_REGISTERS or block.columns % 64:
         raise ValueError(f"tiles of the Hopper kernels have 1 to 4 warpgroups and columns in 64s, got {block}.")
-    batch, row_heads, length = rows[0].shape[:3]
-    heads, key_heads = sorted((row_heads, columns[0].shape[1]), reverse=True)
-    bounds, listed = bounds_of(side, block.rows, block.columns, WARPGROUP_ROWS)
+    batch, row_heads, length = by_head(rows[0], in_place)
+    _, column_heads, column_length = by_head(columns[0], in_place)
+    heads, key_heads = sorted((row_heads, column_heads), reverse=True)
+    bounds, listed = bounds_of(side, block.rows // block.walks, block.columns, WARPGROUP_ROWS)
     shapes = Shapes(
         block=block,
         length=pl.cdiv(length, WARPGROUP_ROWS) * WARPGROUP_ROWS,
-        column_tiles=pl.cdiv(columns[0].shape[2], block.columns),
+        column_tiles=pl.cdiv(column_length, block.columns),
         heads=heads,
         group=heads // key_heads,
         members=heads // row_heads,
         last_first=last_first,
         beside=beside,
         listed=listed,
+        in_place=in_place,
     )
     of_bounds, tree = jax.tree.flatten(bounds)
     by_slot, positions = list(of_bounds), None
@@ -105,7 +110,7 @@ def launch(
         scratch = [*scratch, buffers(block.warpgroups, WARPGROUP_ROWS, block.columns, rows[0].dtype)]
     call = plgpu.kernel(
         body,
-        out_type=[_padded_output(x, positions) for x in outputs],
+        out_type=[_padded_output(x, positions, in_place) for x in outputs],
         scratch_types=tuple(scratch),
         grid=(batch, row_heads // beside, pl.cdiv(shapes.length, block.rows * block.tiles) * beside),
         grid_names=("batch", "head", "program"),  # the last is the fastest: neighbours read the same columns
@@ -114,15 +119,18 @@ def launch(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **interpreted,
     )
-    rows = [pad(x, WARPGROUP_ROWS, padded_head_dim) for x in rows]
-    columns = [pad(x, block.columns, padded_head_dim) for x in columns]
+    if not in_place:
+        rows = [pad(x, WARPGROUP_ROWS, padded_head_dim) for x in rows]
+        columns = [pad(x, block.columns, padded_head_dim) for x in columns]
     # The call takes no note of the mesh axes that its operands vary over.
     _, *padded = vary_alike((rows[0], *call(*by_slot, *rows, *columns)))
-    return [_cut(x, like, positions) for x, like in zip(padded, outputs, strict=True)]
+    return padded if in_place else [_cut(x, like, positions) for x, like in zip(padded, outputs, strict=True)]
 
 
-def _padded_output(like: Array | jax.ShapeDtypeStruct, positions: int | None) -> jax.ShapeDtypeStruct:
+def _padded_output(like: Array | jax.ShapeDtypeStruct, positions: int | None, in_place: bool) -> jax.ShapeDtypeStruct:
     """[B A L] or [B A L H] in whole tiles; for so many positions [B T A H], of which the head dim alone is padded."""
+    if in_place:
+        return jax.ShapeDtypeStruct(like.shape, like.dtype)
     if positions is not None and like.ndim == 4:
         batch, heads, _, head_dim = like.shape
         return jax.ShapeDtypeStruct((batch, positions, heads, padded_head_dim(head_dim)), like.dtype)
@@ -134,6 +142,18 @@ def _cut(x: Array, like: Array | jax.ShapeDtypeStruct, positions: int | None) ->
     if positions is not None and like.ndim == 4:
         return x[..., : like.shape[3]]
     return jax.lax.slice(x, (0,) * x.ndim, like.shape)
+
+
+def by_head(x: Array | jax.ShapeDtypeStruct, in_place: bool) -> tuple[int, int, int]:
+    """Returns batch, heads and length of [B A L ...], or of [B L A H] if it lies in place."""
+    batch, first, second = x.shape[:3]
+    return (batch, second, first) if in_place else (batch, first, second)
+
+
+def reads_in_place(config: Config[HopperBlocks], lengths: Sequence[int], head_dim: int) -> bool:
+    """Returns whether rows of such lengths may stay by position, [B L A H]: where no tile or head dim is padded."""
+    sides = WARPGROUP_ROWS, *(tile.columns for tile in (config.forward, config.dq, config.dkv))
+    return head_dim in HEAD_DIMS and not any(length % side for length in lengths for side in sides)
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -161,9 +181,9 @@ def row_buffers(block: HopperBlocks) -> int:
 
 def ready_barriers(block: HopperBlocks, copies: int = 1) -> Any:
     """Returns the barriers of a ring's buffers that so many copies have filled."""
-    return plgpu.Barrier(num_arrivals=copies, num_barriers=block.num_stages)
+    return plgpu.Barrier(num_arrivals=copies, num_barriers=block.walks * block.num_stages)
 
 
 def free_barriers(block: HopperBlocks) -> Any:
     """Returns the barriers of a ring's buffers that all who compute have read."""
-    return plgpu.Barrier(num_arrivals=block.warpgroups, num_barriers=block.num_stages)
+    return plgpu.Barrier(num_arrivals=block.warpgroups // block.walks, num_barriers=block.walks * block.num_stages)

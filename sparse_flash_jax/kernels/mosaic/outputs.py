@@ -29,8 +29,8 @@ def store(program: Program, r: Any, order: Any, *outputs: tuple[Any, Any]) -> No
         program: whose tile.
         r: its number.
         order: [B|1 A|1 L], the position of each slot, -1 for none; None leaves outputs by slot.
-        outputs: buffers of tiles [count, 64, ...], and the array, [B A L ...] or with an order [B L A H]. What has no
-            axis H stays by slot.
+        outputs: buffers of tiles [count, 64, ...], and the array, [B A L ...]; with an order, or in place, [B L A H].
+            What has no axis H stays by slot.
     """
     rows, own = program.rows(r), program.own(r)
     plgpu.commit_smem()
@@ -42,7 +42,7 @@ def store(program: Program, r: Any, order: Any, *outputs: tuple[Any, Any]) -> No
             if position is not None and len(target.shape) == 4:
                 _store_rows(tiles.at[afresh(own)], position, target, program.batch, program.head)
             else:
-                plgpu.copy_smem_to_gmem(tiles.at[own], target.at[program.batch, program.head, rows])
+                plgpu.copy_smem_to_gmem(tiles.at[own], program.part(target, program.head, rows))
 
 
 def _store_rows(tile: Any, position: Array, target: Any, batch: Any, head: Any) -> None:

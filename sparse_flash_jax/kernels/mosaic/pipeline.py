@@ -5,9 +5,11 @@ loading warpgroup fills as the others free them.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -35,33 +37,46 @@ class Feed(NamedTuple):
 
 def load_columns(program: Program, bounds: Bounds, feeds: Sequence[Feed]) -> None:
     """Loads all columns that the program's tiles visit, in their order, as buffers come free."""
-    stages = jnp.int32(program.block.num_stages)
+    stages, walks = jnp.int32(program.block.num_stages), range(program.block.walks)
 
-    def of_member(r: Any, member: Any, n: Any) -> Any:
-        visited, tile_at = program.columns(r, bounds, member), program.tile_at(r, bounds, member)
+    def of_member(r: Any, member: Any, taken: tuple[Any, ...]) -> Any:
+        visited = [program.columns(r, bounds, member, walk) for walk in walks]
+        tile_at = [program.tile_at(r, bounds, member, walk) for walk in walks]
+        steps = [x.stop - x.start for x in visited]
 
-        @pl.loop(0, visited.stop - visited.start)
-        def _(step):
+        def load(walk: int, step: Any) -> None:
+            n = taken[walk] + step
             for feed in feeds:
 
-                @pl.when(n + step >= stages)
+                @pl.when(n >= stages)
                 def _(feed=feed):
-                    plgpu.barrier_wait(feed.free.at[program.slot(n + step)])
+                    plgpu.barrier_wait(feed.free.at[program.slot(n, walk)])
 
-                feed.load(member, tile_at(visited.start + step), program.slot(n + step))
+                feed.load(member, tile_at[walk](visited[walk].start + step), program.slot(n, walk))
 
-        return n + visited.stop - visited.start
+        if len(walks) == 1:
+            pl.loop(0, steps[0])(functools.partial(load, 0))
+        else:
 
-    def of_tile(r: Any, n: Any) -> Any:
-        return over_members(program.shapes.members, functools.partial(of_member, r), n)
+            @pl.loop(0, functools.reduce(lax.max, steps))
+            def _(step):
+                for walk in walks:
+                    pl.when(step < steps[walk])(functools.partial(load, walk, step))
 
-    taken = program.walk(of_tile)
+        return tuple(map(operator.add, taken, steps))
+
+    def of_tile(r: Any, taken: Any) -> Any:
+        return over_members(program.shapes.members, functools.partial(of_member, r), taken)
+
+    taken = program.over_tiles(of_tile, (0,) * len(walks))
 
     # Barriers must be as often waited for as completed.
-    @pl.loop(lax.max(jnp.int32(0), taken - stages), taken)
-    def _(n):
-        for feed in feeds:
-            plgpu.barrier_wait(feed.free.at[program.slot(n)])
+    for walk in walks:
+
+        @pl.loop(lax.max(jnp.int32(0), taken[walk] - stages), taken[walk])
+        def _(n, walk=walk):
+            for feed in feeds:
+                plgpu.barrier_wait(feed.free.at[program.slot(n, walk)])
 
 
 class Stream(NamedTuple):
@@ -80,7 +95,7 @@ def load_keys(program: Program, bounds: Bounds, streams: Sequence[Stream]) -> No
     def feed(stream: Stream) -> Feed:
         def load(member: Any, j: Any, buffer: Any) -> None:
             columns = pl.ds(j * program.block.columns, program.block.columns)
-            source = stream.source.at[program.batch, head, columns]
+            source = program.part(stream.source, head, columns)
             plgpu.copy_gmem_to_smem(source, stream.ring.at[buffer], stream.ready.at[buffer])
 
         return Feed(stream.free, load)
@@ -130,7 +145,7 @@ def pass_keys(turns: Turns, streams: Sequence[Stream], buffer: Any) -> None:
 
 def over_members(members: int, visit: Callable[[Any, Any], Any], carry: Any) -> Any:
     """Runs carry = visit(member, carry) over the query heads of a group."""
-    return visit(0, carry) if members == 1 else lax.fori_loop(0, members, visit, jnp.int32(carry))
+    return visit(0, carry) if members == 1 else lax.fori_loop(0, members, visit, jax.tree.map(jnp.int32, carry))
 
 
 def compute_tiles(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -34,6 +35,8 @@ class Shapes(NamedTuple):
     beside: int = 1
     """Heads whose programs are numbered by turns, not one head's after another's."""
     listed: Listed = Listed()
+    in_place: bool = False
+    """Whether rows and columns lie by position, [B L A H], and so do outputs."""
 
 
 class Program:
@@ -46,11 +49,18 @@ class Program:
         self.head = lax.axis_index("head") * beside + lax.rem(program, beside)
         self._first = lax.div(program, beside) * self.block.tiles
         self.row_tiles = pl.cdiv(shapes.length, self.block.rows)
+        walks = self.block.walks
+        self.walk = 0 if walks == 1 else lax.div(self.warpgroup, jnp.int32(self.block.warpgroups // walks))
         self.count = lax.min(jnp.int32(self.block.tiles), self.row_tiles - self._first)
 
     def rows(self, r: Any) -> Any:
         """Returns the rows of this warpgroup in the program's r-th tile; the last ones where it would be past them."""
         return pl.ds(lax.min(self._row(r), jnp.int32(self.shapes.length - WARPGROUP_ROWS)), WARPGROUP_ROWS)
+
+    def part(self, ref: Any, head: Any, rows: Any) -> Any:
+        """Returns rows of a head of this program's batch entry, of [B A L ...] or what lies by position."""
+        by_position = self.shapes.in_place and len(ref.shape) == 4
+        return ref.at[self.batch, rows, head] if by_position else ref.at[self.batch, head, rows]
 
     def past_the_end(self, r: Any) -> Any:
         """Returns whether this warpgroup has no rows of its own in the program's r-th tile."""
@@ -67,9 +77,9 @@ class Program:
         n = self.head * shapes.members + member
         return (self.batch if ref.shape[0] > 1 else 0, lax.div(n, jnp.int32(shapes.heads // ref.shape[1])))
 
-    def columns(self, r: Any, bounds: Bounds, member: Any = 0) -> TileRange:
-        """Returns the tiles of columns that the program's r-th tile visits, at least one; or the steps of its walk."""
-        return self.columns_of(self.tile(r), bounds, member)
+    def columns(self, r: Any, bounds: Bounds, member: Any = 0, walk: Any = None) -> TileRange:
+        """Returns the tiles of columns that the program's r-th tile visits, at least one; or the steps of a walk."""
+        return self.columns_of(self._walked(r, walk), bounds, member)
 
     def columns_of(self, tile: Any, bounds: Bounds, member: Any) -> TileRange:
         """Returns the same for a tile of rows by its number."""
@@ -84,15 +94,15 @@ class Program:
         last = lax.min(first + self.block.rows, jnp.int32(self.shapes.length)) - 1
         return self._seen(first, last, bounds.start, bounds.stop, member)
 
-    def tile_at(self, r: Any, bounds: Bounds, member: Any = 0) -> Callable[[Any], Any]:
-        """Returns which tile of columns the program's r-th tile of rows is at in a step."""
+    def tile_at(self, r: Any, bounds: Bounds, member: Any = 0, walk: Any = None) -> Callable[[Any], Any]:
+        """Returns which tile of columns the program's r-th tile of rows is at in a step of a walk."""
         if bounds.steps is None:
             return lambda step: step
-        row, index = self.bounds(bounds.steps, member), None
+        row, index, tile = self.bounds(bounds.steps, member), None, self._walked(r, walk)
         if bounds.lists is not None:
-            of_index, block = self.bounds(bounds.lists, member), self.shapes.listed.row(self.tile(r), bounds.lists)
+            of_index, block = self.bounds(bounds.lists, member), self.shapes.listed.row(tile, bounds.lists)
             index = lambda x: bounds.lists[*of_index, block, x]
-        steps = lambda x: bounds.steps[*row, self.tile(r), x]
+        steps = lambda x: bounds.steps[*row, tile, x]
         return lambda step: tile_at(step, steps, index, self.shapes.listed.columns)
 
     def limit(self, bounds: Bounds, tile: Any, member: Any = 0) -> Any:
@@ -127,20 +137,29 @@ class Program:
         full = lax.clamp(begin, jnp.where(seen.stop > seen.start, seen.full_start, end), end)
         return TileRange(begin, full, lax.clamp(full, seen.full_stop, end), end)
 
-    def walk(self, visit: Callable[[Any, Any], Any]) -> Any:
-        """Runs n = visit(r, n) over the program's tiles; n counts the steps taken."""
+    def over_tiles(self, visit: Callable[[Any, Any], Any], carry: Any) -> Any:
+        """Runs carry = visit(r, carry) over the program's tiles."""
         if self.block.tiles == 1:
-            return visit(0, 0)
-        return lax.fori_loop(0, self.count, visit, jnp.int32(0))
+            return visit(0, carry)
+        return lax.fori_loop(0, self.count, visit, jax.tree.map(jnp.int32, carry))
 
-    def slot(self, n: Any) -> Any:
-        """Returns the buffer of the ring that holds the n-th step's columns."""
-        return lax.rem(n, jnp.int32(self.block.num_stages))
+    def slot(self, n: Any, walk: Any = None) -> Any:
+        """Returns the buffer of a walk's ring that holds the columns of its n-th step."""
+        slot = lax.rem(n, jnp.int32(self.block.num_stages))
+        return slot if self.block.walks == 1 else slot + (self.walk if walk is None else walk) * self.block.num_stages
 
     def tile(self, r: Any) -> Any:
         """Returns the number of the program's r-th tile of rows."""
         tile = self._first + r
         return self.row_tiles - 1 - tile if self.shapes.last_first else tile
+
+    def _walked(self, r: Any, walk: Any) -> Any:
+        """The number of the tile of rows that a walk of the r-th tile is of: this warpgroup's walk if None."""
+        walks = self.block.walks
+        if walks == 1:
+            return self.tile(r)
+        last = pl.cdiv(self.shapes.length * walks, self.block.rows) - 1
+        return lax.min(self.tile(r) * walks + (self.walk if walk is None else walk), jnp.int32(last))
 
     def _row(self, r: Any) -> Any:
         return self.tile(r) * self.block.rows + self.warpgroup * WARPGROUP_ROWS
