@@ -3,9 +3,10 @@
 from typing import Any, Literal, overload
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
 from sparse_flash_jax.hashing import hash_sides
+from sparse_flash_jax.kernels.alibi import Alibi, constant
 from sparse_flash_jax.kernels.config import Config
 from sparse_flash_jax.kernels.implementations import check_implementation
 from sparse_flash_jax.kernels.interval import permuted_attention
@@ -25,6 +26,7 @@ def sparse_attention(
     scale: float | None = ...,
     soft_cap: float | None = ...,
     sink_logits: Float[Array, " N"] | None = ...,
+    alibi_slopes: Float[Array, " N"] | None = ...,
     implementation: str | None = ...,
     config: Config | None = ...,
     return_residual: Literal[False] = ...,
@@ -39,6 +41,7 @@ def sparse_attention(
     scale: float | None = ...,
     soft_cap: float | None = ...,
     sink_logits: Float[Array, " N"] | None = ...,
+    alibi_slopes: Float[Array, " N"] | None = ...,
     implementation: str | None = ...,
     config: Config | None = ...,
     return_residual: Literal[True],
@@ -52,6 +55,7 @@ def sparse_attention(
     scale=None,
     soft_cap=None,
     sink_logits=None,
+    alibi_slopes=None,
     implementation=None,
     config=None,
     return_residual=False,
@@ -72,6 +76,9 @@ def sparse_attention(
         soft_cap: static bound of the scores, which become soft_cap * tanh(score / soft_cap); None for none.
         sink_logits: float [N], of each head the score of one more key, whose value is 0 and which all queries see that
             see another, so that a query may attend to nothing; differentiable. None for none.
+        alibi_slopes: float [N], of each head what scores lose for each position between query i and key j, after the
+            cap: slope * |i - j|, the plan's `query_offset` added to i, in whatever order the plan sorts. Constants: to
+            differentiate them raises NotImplementedError. None for none.
         implementation: "mosaic", "triton" or "xla"; None picks for the default device. A named one never falls back.
         config: tile sizes of the kernels (`kernels/config.py`), `HopperBlocks` for "mosaic", else `Blocks`;
             None for those that suit the shapes and the device.
@@ -84,14 +91,15 @@ def sparse_attention(
     Raises:
         TypeError: if q, k, v are not of one supported dtype, or plan is not an AttentionPlan.
         ValueError: if shapes do not fit one another or the plan, or the implementation is unknown.
-        NotImplementedError: if the named implementation cannot do this call.
+        NotImplementedError: if the named implementation cannot do this call, or slopes are differentiated.
 
     Sources: "Faster Causal Attention Over Large Sequences Through Sparse Flash Attention", arXiv 2306.01160; soft caps
-        as in "Gemma 2", arXiv 2408.00118, and sinks as in "gpt-oss-120b & gpt-oss-20b Model Card", arXiv 2508.10925.
+        as in "Gemma 2", arXiv 2408.00118, sinks as in "gpt-oss-120b & gpt-oss-20b Model Card", arXiv 2508.10925, and
+        slopes as in "Train Short, Test Long: Attention with Linear Biases", arXiv 2108.12409.
     """
     check_attention_inputs(q, k, v)
     check_scale(scale)
-    check_logits(soft_cap, sink_logits, q)
+    check_logits(soft_cap, sink_logits, alibi_slopes, q)
     check_implementation(implementation, q.dtype, q.shape[-1], config)
     _check_plan(plan, q, k)
 
@@ -107,6 +115,7 @@ def sparse_attention(
         implementation=implementation,
         config=config,
         long_runs=plan.long_runs,
+        alibi=None if alibi_slopes is None else _alibi(alibi_slopes, plan),
     )
     if not return_residual and sink_logits is None:
         return out
@@ -114,6 +123,18 @@ def sparse_attention(
     if sink_logits is not None:
         out, lse = _with_sink(out, lse, sink_logits)
     return (out, lse) if return_residual else out
+
+
+def _alibi(slopes: Float[Array, " N"], plan: AttentionPlan) -> Alibi:
+    """Slopes, and the position of the token in each slot."""
+
+    def positions(order: Int32[Array, "B A C"] | None, length: int) -> Int32[Array, "_B _A _C"]:
+        return jnp.arange(length, dtype=jnp.int32)[None, None] if order is None else order
+
+    queries, keys = positions(plan.query_order, plan.query_length), positions(plan.key_order, plan.key_length)
+    if plan.query_offset is not None:
+        queries = queries + plan.query_offset[..., None]
+    return Alibi(constant(slopes).astype(jnp.float32), queries.astype(jnp.float32), keys.astype(jnp.float32))
 
 
 def _with_sink(

@@ -42,6 +42,8 @@ class AttentionPlan(NamedTuple):
     """Keys that are kept."""
     largest_group: Int32[Array, "B K"] | None
     """Kept keys in the largest group; None where all tokens are in one."""
+    query_offset: Int32[Array, "B N"] | None = None
+    """Position of the first query among the keys, None for 0; a union or an intersection has that of its first plan."""
 
     @property
     def queries(self) -> Permutation | None:

@@ -159,17 +159,24 @@ def plan_sides(
     ):
         if capacity is not None and not isinstance(overflow, Tracer):
             raise_on_overflow(side, np.asarray(overflow), capacity)
-    return plan._replace(
+    plan = plan._replace(
         query_overflow=plan.query_overflow + queries_outside, key_overflow=plan.key_overflow + keys_outside
     )
+    if _is_zero(query_offset):
+        return plan
+    of_heads = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), plan.query_overflow.shape)
+    return plan._replace(query_offset=of_heads)
 
 
 def _can_count(buckets: int | None, rule: Rule, query_offset: int | Array, *, cut: bool) -> bool:
     """Returns whether counting makes the plan. `cut`: some tokens may get no slot."""
-    same_positions = isinstance(query_offset, int) and query_offset == 0
     # The latest tokens do not fit: which ones they are, counts by bucket do not say of several.
     countable = buckets is not None and buckets <= _MOST_COUNTED and (buckets == 1 or not cut)
-    return countable and same_positions and rule.window is None
+    return countable and _is_zero(query_offset) and rule.window is None
+
+
+def _is_zero(query_offset: int | Array) -> bool:
+    return isinstance(query_offset, int) and query_offset == 0
 
 
 @functools.partial(jax.jit, static_argnames=("count_tokens", "lengths", "rule", "slots", "num_buckets"))
@@ -193,7 +200,7 @@ def _plan_axes(queries, keys, lengths, slots) -> AttentionPlan:
     )
     groups, _ = queries
     of_orders, runs = [query_axes] * 2 + [key_axes] * 2, Runs._make([*["bn-"] * 4, None, None])
-    return AttentionPlan._make([*of_orders, runs, "bn", "bk", "bk", "bk" if groups else None])
+    return AttentionPlan._make([*of_orders, runs, "bn", "bk", "bk", "bk" if groups else None, None])
 
 
 def _plan_by_counting(queries, keys, _query_offset, *, count_tokens, rule, slots, num_buckets) -> AttentionPlan:

@@ -20,6 +20,8 @@ def reference_attention(
     scale: float | None = ...,
     soft_cap: float | None = ...,
     sink_logits: Float[Array, " N"] | None = ...,
+    alibi_slopes: Float[Array, " N"] | None = ...,
+    query_offset: int = ...,
     return_residual: Literal[False] = ...,
 ) -> Float[Array, "B T N H"]: ...
 @overload
@@ -32,9 +34,23 @@ def reference_attention(
     scale: float | None = ...,
     soft_cap: float | None = ...,
     sink_logits: Float[Array, " N"] | None = ...,
+    alibi_slopes: Float[Array, " N"] | None = ...,
+    query_offset: int = ...,
     return_residual: Literal[True],
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]: ...
-def reference_attention(q, k, v, mask, *, scale=None, soft_cap=None, sink_logits=None, return_residual=False):
+def reference_attention(
+    q,
+    k,
+    v,
+    mask,
+    *,
+    scale=None,
+    soft_cap=None,
+    sink_logits=None,
+    alibi_slopes=None,
+    query_offset=0,
+    return_residual=False,
+):
     """Returns softmax(scale * q k^T, where mask) v, computed in float32 with T x S scores.
 
     Args:
@@ -46,6 +62,9 @@ def reference_attention(q, k, v, mask, *, scale=None, soft_cap=None, sink_logits
         soft_cap: bound of the scores, which become soft_cap * tanh(score / soft_cap); None for none.
         sink_logits: [N], of each head the score of one more key, whose value is 0 and which all queries see that see
             another; None for none.
+        alibi_slopes: [N], of each head what scores, capped or not, lose for each position between query and key, as in
+            `sparse_attention`, though differentiable here; None for none.
+        query_offset: position of the first query among the keys, for those distances.
         return_residual: whether to also return the log-sum-exp of the visible scores, sink included.
 
     Returns:
@@ -57,7 +76,7 @@ def reference_attention(q, k, v, mask, *, scale=None, soft_cap=None, sink_logits
     """
     check_attention_inputs(q, k, v)
     check_scale(scale)
-    check_logits(soft_cap, sink_logits, q)
+    check_logits(soft_cap, sink_logits, alibi_slopes, q)
     check_array("mask", mask, "B N T S", (jnp.bool_,))
     batch, length, heads, head_dim = q.shape
     full = (batch, heads, length, k.shape[1])
@@ -67,6 +86,10 @@ def reference_attention(q, k, v, mask, *, scale=None, soft_cap=None, sink_logits
     k, v = (jnp.repeat(x.astype(jnp.float32), heads // k.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), k, precision=lax.Precision.HIGHEST) * scale
     scores = scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+    if alibi_slopes is not None:
+        position = query_offset + jnp.arange(length, dtype=jnp.int32)[:, None]
+        distance = jnp.abs(position - jnp.arange(k.shape[1], dtype=jnp.int32)[None]).astype(jnp.float32)
+        scores -= alibi_slopes.astype(jnp.float32)[None, :, None, None] * distance[None, None]
     # Every -inf and division by zero is kept out of the differentiated path, not masked after it.
     some = jnp.any(mask, axis=-1, keepdims=True)
     top = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf, where=mask)

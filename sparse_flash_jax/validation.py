@@ -217,14 +217,18 @@ def check_scale(scale: Any) -> None:
         raise ValueError(f"scale must be finite, got {scale}.")
 
 
-def check_logits(soft_cap: Any, sink_logits: Any, q: Any) -> None:
-    """Raises unless soft_cap is None or a static positive number, and sink_logits None or a float for each head."""
+def check_logits(soft_cap: Any, sink_logits: Any, alibi_slopes: Any, q: Any) -> None:
+    """Raises unless soft_cap is None or a static positive number, and each of the others None or a float a head."""
     if soft_cap is not None:
         if isinstance(soft_cap, bool | Tracer) or not hasattr(soft_cap, "__float__"):
             raise TypeError(f"soft_cap must be a static Python float, got {type(soft_cap).__name__}.")
         if not 0 < float(soft_cap) < np.inf:
             raise ValueError(f"soft_cap must be positive and finite, got {soft_cap}; leave it out for none.")
-    if sink_logits is not None:
-        check_array("sink_logits", sink_logits, "N", FLOAT_DTYPES)
-        if sink_logits.shape != (q.shape[2],):
-            raise ValueError(f"sink_logits must be [N], one for each of {q.shape[2]} heads, got {sink_logits.shape}.")
+    for name, x in (("sink_logits", sink_logits), ("alibi_slopes", alibi_slopes)):
+        if x is None:
+            continue
+        check_array(name, x, "N", FLOAT_DTYPES)
+        if x.shape != (q.shape[2],):
+            raise ValueError(f"{name} must be [N], one for each of {q.shape[2]} heads, got {x.shape}.")
+    if alibi_slopes is not None and not isinstance(alibi_slopes, Tracer) and not np.isfinite(alibi_slopes).all():
+        raise ValueError(f"alibi_slopes must be finite, got {alibi_slopes}.")

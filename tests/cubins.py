@@ -19,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 from sparse_flash_jax.kernels import mosaic, triton
 from sparse_flash_jax.kernels.config import mosaic_config, triton_config
 from sparse_flash_jax.kernels.tiles import Runs
-from tests.gpus import GPUS, on, passes, passes_by_position
+from tests.gpus import GPUS, on, passes, passes_by_position, passes_with_slopes
 
 HOPPER = "NVIDIA H100 80GB HBM3"
 # What the compiler asks of a GPU: capability, shared memory a block and a multiprocessor, L2, memory, its bandwidth.
@@ -64,12 +64,13 @@ def compile_all(kernels, kind, dtype, head_dim, config):
     place = SingleDeviceSharding(topology.devices[0])
     runs = Runs(*jax.eval_shape(lambda: [jnp.zeros((1, 4, 1024), jnp.int32)] * 4))
     by_position = kernels is mosaic and not config.fused
-    compiled = (
-        passes(kernels, dtype, head_dim, runs, length=1024, fused=config.fused),
-        passes_by_position(kernels, dtype, head_dim, runs, length=1024) if by_position else (),
-    )
-    for kernel, operands in itertools.chain(*compiled):
-        name = kernel.__name__ + "_by_position" * hasattr(kernel, "__wrapped__")
+    compiled = {
+        "": passes(kernels, dtype, head_dim, runs, length=1024, fused=config.fused),
+        "_by_position": passes_by_position(kernels, dtype, head_dim, runs, length=1024) if by_position else (),
+        "_with_slopes": passes_with_slopes(kernels, dtype, head_dim, runs, length=1024),
+    }
+    for how, (kernel, operands) in ((how, each) for how, of_passes in compiled.items() for each in of_passes):
+        name = kernel.__name__ + how
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), operands)
         function = jax.jit(functools.partial(kernel, scale=0.1, config=config))
         try:

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from sparse_flash_jax.kernels.alibi import Alibi
+
 H100 = "NVIDIA H100 80GB HBM3"
 # Device kind: multiprocessors, compute capability.
 GPUS = {
@@ -62,6 +64,18 @@ def passes(kernels, dtype, head_dim, runs, length=300, *, fused=False):
     gradients = (q, k, k, runs, row, q, row)
     backward = (kernels.backward,) if fused else (kernels.backward_dq, kernels.backward_dkv)
     return (kernels.forward, (q, k, k, runs)), *((kernel, gradients) for kernel in backward)
+
+
+def passes_with_slopes(kernels, dtype, head_dim, runs, length=300):
+    """The same where scores fall with distance; the last operand has the slopes and positions."""
+    alibi = Alibi._make(jax.ShapeDtypeStruct(x, "float32") for x in ((4,), (1, 4, length), (1, 2, length)))
+    for kernel, operands in passes(kernels, dtype, head_dim, runs, length):
+
+        @functools.wraps(kernel)
+        def sloped(*operands, kernel=kernel, **options):
+            return kernel(*operands[:-1], alibi=operands[-1], **options)
+
+        yield sloped, (*operands, alibi)
 
 
 def passes_by_position(kernels, dtype, head_dim, runs, length=300):

@@ -213,9 +213,14 @@ def causally(q, k, v, do, *_):
     return attended(q, k, v, do, sfj.causal(LENGTH))
 
 
+def sloped(q, k, v, do, *_):
+    """Long runs, and yet a kernel for dq."""
+    return attended(q, k, v, do, sfj.causal(LENGTH), alibi_slopes=jnp.ones(q.shape[2], jnp.float32))
+
+
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("how", ["vmap", "shard_map"])
-@pytest.mark.parametrize("attend", [hashed, causally])
+@pytest.mark.parametrize("attend", [hashed, causally, sloped])
 def test_transformed_calls_lower_for_cuda(attend, how):
     operands = drawn("bfloat16")
     if how == "vmap":

@@ -48,6 +48,11 @@ def causal(q, k, v, do, *_):
     return attended(q, k, v, do, sfj.causal(LENGTH, window=9))
 
 
+def sloped(q, k, v, do, query_bucket, key_bucket):
+    slopes = jnp.exp2(-jnp.arange(q.shape[2], dtype=jnp.float32))
+    return attended(q, k, v, do, sfj.hash_sparse(query_bucket, key_bucket), alibi_slopes=slopes)
+
+
 def arrays(heads, key_heads):
     """q, k, v, a cotangent, and bucket ids of queries and keys."""
     rng = np.random.default_rng(heads + key_heads)
@@ -86,7 +91,7 @@ def assert_as_on_one_device(function, operands, over, kind, *, moves=()):
 
 
 @KINDS
-@pytest.mark.parametrize("function", [planned_from_ids, hashed, dropped, chosen, packed, causal])
+@pytest.mark.parametrize("function", [planned_from_ids, hashed, dropped, chosen, packed, causal, sloped])
 def test_nothing_moves(function, kind):
     got, parts = assert_as_on_one_device(function, arrays(8, 4), ("data", "tensor"), kind)
     for x, part in zip((got[0], *got[2:]), (parts[0], *parts[:3]), strict=True):

@@ -38,8 +38,9 @@ def hashed(q, k, v, do, query_bucket, key_bucket, *, num_buckets=None):
     return attended(q, k, v, do, plan)
 
 
-def attended(q, k, v, do, plan):
-    outputs, vjp = jax.vjp(lambda q, k, v: sfj.sparse_attention(q, k, v, plan, return_residual=True), q, k, v)
+def attended(q, k, v, do, plan, **options):
+    attend = functools.partial(sfj.sparse_attention, plan=plan, return_residual=True, **options)
+    outputs, vjp = jax.vjp(attend, q, k, v)
     return (*outputs, *vjp((do, jnp.ones_like(outputs[1]))))
 
 

@@ -4,6 +4,7 @@ Knows runs and nothing else of sparsity. The implementations compute forward, dQ
 and so is the way of rows into slot order and back, which backward passes go through too.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
+from sparse_flash_jax.kernels.alibi import Alibi
 from sparse_flash_jax.kernels.config import Config
 from sparse_flash_jax.kernels.implementations import (
     check_block_sizes,
@@ -102,6 +104,7 @@ def permuted_attention(
     implementation: str | None = None,
     config: Config | None = None,
     long_runs: bool = False,
+    alibi: Alibi | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N Tc"]]:
     """Returns `interval_attention` of rows by position: into slot order, and o back.
 
@@ -119,6 +122,7 @@ def permuted_attention(
         implementation: as in `interval_attention`.
         config: as in `interval_attention`.
         long_runs: as in `interval_attention`.
+        alibi: constants by which scores fall with distance, after the cap; None of no slopes.
 
     Returns:
         o [B T N H] in q's dtype, 0 where a query has no slot or its run is empty; and lse float32 [B N Tc], by slot.
@@ -127,10 +131,10 @@ def permuted_attention(
         ValueError, NotImplementedError: as `interval_attention`.
     """
     options = {"implementation": implementation, "config": config, "long_runs": long_runs}
-    return _call(q, k, v, runs, (queries, keys), scale=scale, soft_cap=soft_cap, **options)
+    return _call(q, k, v, runs, (queries, keys), scale=scale, soft_cap=soft_cap, alibi=alibi, **options)
 
 
-def _call(q, k, v, runs, orders, *, scale, soft_cap, implementation, config, long_runs):
+def _call(q, k, v, runs, orders, *, scale, soft_cap, implementation, config, long_runs, alibi=None):
     check_implementation(implementation, q.dtype, q.shape[-1], config)
     if implementation is None:
         implementation = pick_implementation(q.dtype, q.shape[-1], config, runs)
@@ -138,8 +142,11 @@ def _call(q, k, v, runs, orders, *, scale, soft_cap, implementation, config, lon
         check_block_sizes(implementation, runs.blocks.sizes)
     if config is None:
         config = default_config(implementation, dtype=q.dtype, head_dim=q.shape[-1], runs=runs, long_runs=long_runs)
-    elif config.fused and not runs.plain:
-        raise ValueError("config.fused takes plans of one run for each query, without blocks; leave fused out.")
+        config = config if alibi is None else dataclasses.replace(config, fused=False)
+    elif config.fused and not (runs.plain and alibi is None):
+        raise ValueError(
+            "config.fused takes plans of one run for each query, without blocks, and no slopes; leave fused out."
+        )
     else:
         config = within_runs(config, runs, q.shape[-1])
     if orders == (None, None) and reads_in_place(implementation, config, (q.shape[1], k.shape[1]), q.shape[3]):
@@ -148,25 +155,25 @@ def _call(q, k, v, runs, orders, *, scale, soft_cap, implementation, config, lon
         # Kernels change the layout as they move rows, several arrays a launch, though slots be positions.
         orders = tuple(identity(x.shape[1]) if side is None else side for x, side in zip((q, k), orders, strict=True))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    operands = vary_alike((q, k, v, runs, orders))
+    operands = vary_alike((q, k, v, runs, orders, alibi))
     return _attention(*operands, Scores(scale, None if soft_cap is None else float(soft_cap)), implementation, config)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attention(q, k, v, runs, orders, scores, implementation, config):
-    return _forward(q, k, v, runs, orders, scores, implementation, config)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _attention(q, k, v, runs, orders, alibi, scores, implementation, config):
+    return _forward(q, k, v, runs, orders, alibi, scores, implementation, config)[0]
 
 
-def _forward(q, k, v, runs, orders, scores, implementation, config):
+def _forward(q, k, v, runs, orders, alibi, scores, implementation, config):
     if not orders:
-        o, lse = _attend(q, k, v, runs, orders, scores, implementation, config)
+        o, lse = _attend(q, k, v, runs, orders, alibi, scores, implementation, config)
     else:
         rows = row_kernels(implementation, interpret=config.interpret)
         q, k, v = _to_slots(q, k, v, orders, rows, whole_slots(implementation))
         q, k, v = (checkpoint_name(x, ROWS_NAME) for x in (q, k, v))
-        o, lse = _attend(q, k, v, runs, orders, scores, implementation, config)
+        o, lse = _attend(q, k, v, runs, orders, alibi, scores, implementation, config)
     o, lse = (checkpoint_name(x, name) for x, name in zip((o, lse), RESIDUAL_NAMES, strict=True))
-    return (o, lse), (q, k, v, runs, orders, o, lse)
+    return (o, lse), (q, k, v, runs, orders, alibi, o, lse)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
@@ -184,36 +191,37 @@ def _extended(runs: Runs, q: Float[Array, "B N T H"], k: Float[Array, "B K S H"]
     return Runs(*of_queries, *of_keys, None if runs.second is None else _extended(runs.second, q, k), runs.blocks)
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7))
-def _attend(q, k, v, runs, orders, scores, implementation, config):
+@functools.partial(jax.jit, static_argnums=(6, 7, 8))
+def _attend(q, k, v, runs, orders, alibi, scores, implementation, config):
     forward = functools.partial(kernels_of(implementation).forward, **scores._asdict(), config=config)
 
-    def attend(q, k, v, runs, orders):
+    def attend(q, k, v, runs, orders, alibi):
         if not orders:
-            return forward(q, k, v, runs, **_where(orders))
+            return forward(q, k, v, runs, alibi=alibi, **_where(orders))
         order = order_to_write(implementation, config, orders[0])
-        o, lse = forward(q, k, v, _extended(runs, q, k), **_given(order))
+        o, lse = forward(q, k, v, _extended(runs, q, k), alibi=alibi, **_given(order))
         if order is None:
             (o,) = to_positions((o,), orders[:1], row_kernels(implementation, interpret=config.interpret))
         return o, lse[..., : runs.k_start.shape[2]]
 
-    axes = *_rows_letters(orders), _runs_letters(runs), _letters(orders)
+    axes = *_rows_letters(orders), _runs_letters(runs), _letters(orders), _alibi_letters(alibi)
     results, divisible = (_o_letters(orders), "bn-"), not config.interpret
-    return by_batch_and_head(attend, (q, k, v, runs, orders), axes, results, divisible=divisible)
+    return by_batch_and_head(attend, (q, k, v, runs, orders, alibi), axes, results, divisible=divisible)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _backward(scores, implementation, config, residuals, cotangents):
-    q, k, v, runs, orders, o, lse = residuals
-    operands = q, k, v, runs, orders, o, lse, *cotangents
+    q, k, v, runs, orders, alibi, o, lse = residuals
+    operands = q, k, v, runs, orders, alibi, o, lse, *cotangents
     o_letters, by = _o_letters(orders), _BY_SLOT if orders is None else _BY_POSITION
-    axes = *_rows_letters(orders), _runs_letters(runs), _letters(orders), o_letters, "bn-", o_letters, "bn-"
+    tokens = _runs_letters(runs), _letters(orders), _alibi_letters(alibi)
+    axes = *_rows_letters(orders), *tokens, o_letters, "bn-", o_letters, "bn-"
     gradients = functools.partial(_gradients, scores, implementation, config)
     divisible = not config.interpret
-    return *by_batch_and_head(gradients, operands, axes, by, summed=True, divisible=divisible), None, None
+    return *by_batch_and_head(gradients, operands, axes, by, summed=True, divisible=divisible), None, None, None
 
 
-def _gradients(scores, implementation, config, q, k, v, runs, orders, o, lse, do, dlse):
+def _gradients(scores, implementation, config, q, k, v, runs, orders, alibi, o, lse, do, dlse):
     rows = row_kernels(implementation, interpret=config.interpret)
     if not orders:
         delta = sum_of_products(o, do)
@@ -238,8 +246,8 @@ def _gradients(scores, implementation, config, q, k, v, runs, orders, o, lse, do
         if orders == _IN_PLACE:  # sums of dq go by slot
             (dq,) = to_positions((dq,), (identity(q.shape[1]),), rows)
     else:
-        dq = kernels.backward_dq(*operands, **options, **_given(written[0]))
-        dk, dv = kernels.backward_dkv(*operands, **options, **_given(written[1]))
+        dq = kernels.backward_dq(*operands, **options, alibi=alibi, **_given(written[0]))
+        dk, dv = kernels.backward_dkv(*operands, **options, alibi=alibi, **_given(written[1]))
     if orders and written == (None, None):
         dq, dk, dv = to_positions((dq, dk, dv), (orders[0], orders[1], orders[1]), rows)
     return dq, dk, dv
@@ -253,6 +261,11 @@ def _runs_letters(runs: Runs) -> Runs:
 def _rows_letters(orders: Any) -> tuple[str, ...]:
     """The axes of q, k and v as kernels have them."""
     return _BY_POSITION if orders == _IN_PLACE else _BY_SLOT
+
+
+def _alibi_letters(alibi: Alibi | None) -> Alibi | None:
+    """The axes of slopes and positions, as `by_batch_and_head` has them."""
+    return None if alibi is None else Alibi._make(["n", "bn-", "bk-"])
 
 
 def _o_letters(orders: Any) -> str:

@@ -122,12 +122,19 @@ def tile_range(
     return TileRange(start, full_start, full_stop, stop)
 
 
-def scores_of(products: Any, scale: float, soft_cap: float | None, *, unit: float = 1.0) -> tuple[Any, Any]:
-    """Returns scores in so many units of the natural exponent, and the slope of the soft cap there: None of no cap."""
+def scores_of(
+    products: Any, scale: float, soft_cap: float | None, penalty: Any = None, *, unit: float = 1.0
+) -> tuple[Any, Any]:
+    """Returns scores in so many units of the natural exponent, and the slope of the soft cap there: None of no cap.
+
+    A penalty, in the same units, is taken off after the cap, and leaves that slope as it is.
+    """
     if soft_cap is None:
-        return products * (scale * unit), None
-    bent = jnp.tanh(products * (scale / soft_cap))
-    return bent * (soft_cap * unit), 1.0 - bent * bent
+        scores, slope = products * (scale * unit), None
+    else:
+        bent = jnp.tanh(products * (scale / soft_cap))
+        scores, slope = bent * (soft_cap * unit), 1.0 - bent * bent
+    return scores if penalty is None else scores - penalty, slope
 
 
 Masked = Literal["both", "stop"] | None

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
 from sparse_flash_jax.kernels import walks
+from sparse_flash_jax.kernels.alibi import Alibi, Distances, from_keys, from_queries, penalty_by_distance
 from sparse_flash_jax.kernels.config import Blocks, Config
 from sparse_flash_jax.kernels.tiles import LOWEST, Runs, TileRange, scores_of, sweep, tile_range
 
@@ -31,19 +32,21 @@ def forward(
     scale: float,
     config: Config[Blocks],
     soft_cap: float | None = None,
+    alibi: Alibi | None = None,
 ) -> tuple[Float[Array, "B N T H"], Float32[Array, "B N T"]]:
     """Returns o in q's dtype, and lse with -inf where a row sees nothing."""
     batch, heads, length, _ = q.shape
     block = config.forward
+    far, penalty = _distances(from_queries(alibi), batch, (heads, k.shape[1]), block)
     k, v = (_columns(x, block.columns) for x in (k, v))
 
     def tile(operands):
-        q, seen, head = operands
+        q, seen, head, far = operands
 
         def step(j, carry, *, visible):
             top, total, o = carry
             kj, vj = (_block(x, head, j, block.columns) for x in (k, v))  # [columns, H]
-            s, _ = scores_of(_dot("rh,ch->rc", q, kj), scale, soft_cap)
+            s, _ = scores_of(_dot("rh,ch->rc", q, kj), scale, soft_cap, penalty(far, head, j))
             s = _where(visible, s, LOWEST)
             new_top = jnp.maximum(top, jnp.max(s, axis=1))
             p = _where(visible, jnp.exp(s - new_top[:, None]), 0.0)
@@ -59,7 +62,7 @@ def forward(
 
     seen = _seen(walks.of_queries(runs), (batch, heads), block)
     key_head = _key_heads(batch, heads, k.shape[0] // batch, -(-length // block.rows))
-    o, lse = lax.map(tile, (_rows(q, block.rows), seen, key_head))
+    o, lse = lax.map(tile, (_rows(q, block.rows), seen, key_head, far))
     return _unrows(o, batch, heads, length), _unrows(lse, batch, heads, length)
 
 
@@ -75,18 +78,20 @@ def backward_dq(
     scale: float,
     config: Config[Blocks],
     soft_cap: float | None = None,
+    alibi: Alibi | None = None,
 ) -> Float[Array, "B N T H"]:
     """Returns dq in q's dtype; `delta` is sum(o * do) less the cotangent of lse."""
     batch, heads, length, _ = q.shape
     block = config.dq
+    far, penalty = _distances(from_queries(alibi), batch, (heads, k.shape[1]), block)
     k, v = (_columns(x, block.columns) for x in (k, v))
 
     def tile(operands):
-        q, lse, do, delta, seen, head = operands
+        q, lse, do, delta, seen, head, far = operands
 
         def step(j, dq, *, visible):
             kj, vj = (_block(x, head, j, block.columns) for x in (k, v))  # [columns, H]
-            s, slope = scores_of(_dot("rh,ch->rc", q, kj), scale, soft_cap)
+            s, slope = scores_of(_dot("rh,ch->rc", q, kj), scale, soft_cap, penalty(far, head, j))
             p = jnp.exp(s - lse[:, None])
             ds = p * (_dot("rh,ch->rc", do, vj) - delta[:, None])
             ds = _where(visible, ds if slope is None else ds * slope, 0.0)
@@ -98,7 +103,7 @@ def backward_dq(
     rows = (_rows(x, block.rows) for x in (q, lse, do, delta))
     seen = _seen(walks.of_queries(runs), (batch, heads), block)
     key_head = _key_heads(batch, heads, k.shape[0] // batch, -(-length // block.rows))
-    return _unrows(lax.map(tile, (*rows, seen, key_head)), batch, heads, length)
+    return _unrows(lax.map(tile, (*rows, seen, key_head, far)), batch, heads, length)
 
 
 def backward_dkv(
@@ -113,20 +118,22 @@ def backward_dkv(
     scale: float,
     config: Config[Blocks],
     soft_cap: float | None = None,
+    alibi: Alibi | None = None,
 ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
     """Returns dk and dv in k's dtype: the same loop over the transposed runs, summed over the heads of a group."""
     batch, key_heads, length, _ = k.shape
     heads, block = q.shape[1], config.dkv
     group = heads // key_heads
+    far, penalty = _distances(from_keys(alibi), batch, (key_heads, heads), block)
     q, lse, do, delta = (_columns(x, block.columns) for x in (q, lse, do, delta))
 
     def tile(operands):
-        k, v, seen, head = operands  # rows are keys; what they see is [group, ...]
+        k, v, seen, head, far = operands  # rows are keys; what they see is [group, ...]
 
         def step(i, carry, *, member, visible):
             dk, dv = carry
             qi, lse_i, do_i, delta_i = (_block(x, head + member, i, block.columns) for x in (q, lse, do, delta))
-            s, slope = scores_of(_dot("rh,ch->rc", k, qi), scale, soft_cap)
+            s, slope = scores_of(_dot("rh,ch->rc", k, qi), scale, soft_cap, penalty(far, head, i, member))
             p = _where(visible, jnp.exp(s - lse_i[None]), 0.0)
             ds = p * (_dot("rh,ch->rc", v, do_i) - delta_i[None])
             ds = _where(visible, ds if slope is None else ds * slope, 0.0)
@@ -148,7 +155,7 @@ def backward_dkv(
     )
     seen = jax.tree.map(of_group, _seen(walks.of_keys(runs), (batch, heads), block))
     first_head = jnp.repeat(jnp.arange(batch * key_heads, dtype=jnp.int32) * group, tiles)
-    dk, dv = lax.map(tile, (_rows(k, block.rows), _rows(v, block.rows), seen, first_head))
+    dk, dv = lax.map(tile, (_rows(k, block.rows), _rows(v, block.rows), seen, first_head, far))
     return _unrows(dk, batch, key_heads, length), _unrows(dv, batch, key_heads, length)
 
 
@@ -206,8 +213,7 @@ def _seen(side: walks.Side, axes: tuple[int, int], block: Blocks) -> _Seen:
     def of_tiles(x: Array, tiles: Int32[Array, " tiles"] | None = None) -> Array:
         """[b a tiles ...] -> [B * N * tiles, ...]; of blocks, those that the tiles are in."""
         x = x if tiles is None else x[:, :, tiles]
-        x = jnp.broadcast_to(jnp.repeat(x, axes[1] // x.shape[1], axis=1), (*axes, *x.shape[2:]))
-        return x.reshape(-1, *x.shape[3:])
+        return _of_each_head(x, axes).reshape(-1, *x.shape[3:])
 
     bounds = [_bound_rows(x, axes, block.rows) for x in (side.start, side.stop, *(side.second or ()))]
     second = None if side.second is None else (bounds[2], bounds[3])
@@ -234,6 +240,27 @@ def _seen(side: walks.Side, axes: tuple[int, int], block: Blocks) -> _Seen:
     )
 
 
+def _distances(
+    distances: Distances | None, batch: int, heads: tuple[int, int], block: Blocks
+) -> tuple[Any, Callable[..., Float32[Array, "rows columns"] | None]]:
+    """Returns slopes and positions of each tile of rows, and of them `penalty(far, head, tile, member)` of its scores.
+
+    Heads are those of rows and of columns; a tile has the slopes of all query heads that its rows meet.
+    """
+    if distances is None:
+        return None, lambda *_: None
+    rows = _bound_rows(distances.rows, (batch, heads[0]), block.rows)
+    columns = _columns(_of_each_head(distances.columns, (batch, heads[1])), block.columns)
+    slopes = jnp.tile(distances.slopes.reshape(heads[0], -1), (batch, 1))
+    slopes = jnp.repeat(slopes, rows.shape[0] // slopes.shape[0], axis=0)
+
+    def penalty(far: Any, head: Int32[Array, ""], tile: Int32[Array, ""], member: Any = 0):
+        slopes, rows = far
+        return penalty_by_distance(slopes[member], rows, _block(columns, head + member, tile, block.columns))
+
+    return (slopes, rows), penalty
+
+
 def _where(visible: Bool[Array, "rows columns"] | None, x: Float32[Array, "rows columns"], hidden: float):
     return x if visible is None else jnp.where(visible, x, hidden)
 
@@ -254,13 +281,18 @@ def _unrows(x: Array, batch: int, heads: int, length: int) -> Array:
     return x.reshape(batch, heads, -1, *x.shape[2:])[:, :, :length]
 
 
-def _bound_rows(bound: Int32[Array, "b a L"], axes: tuple[int, int], rows: int) -> Int32[Array, "tiles rows"]:
+def _of_each_head(x: Array, axes: tuple[int, int]) -> Array:
+    """[B|1 A|1 ...] -> [B A ...]; A may be a divisor of the heads, too."""
+    return jnp.broadcast_to(jnp.repeat(x, axes[1] // x.shape[1], axis=1), (*axes, *x.shape[2:]))
+
+
+def _bound_rows(bound: Shaped[Array, "b a L"], axes: tuple[int, int], rows: int) -> Shaped[Array, "tiles rows"]:
     """Bounds for each batch entry and head, as `_rows`, padded with the last value, which keeps them monotone.
 
     The last value pads starts as well as stops: whatever the padded rows then see, their q, do and delta are zero or
     their output is cut off.
     """
-    bound = jnp.broadcast_to(jnp.repeat(bound, axes[1] // bound.shape[1], axis=1), (*axes, bound.shape[2]))
+    bound = _of_each_head(bound, axes)
     padding = -bound.shape[2] % rows
     return jnp.pad(bound, ((0, 0), (0, 0), (0, padding)), mode="edge").reshape(-1, rows)
 

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
+from sparse_flash_jax.kernels.alibi import Alibi, from_keys
 from sparse_flash_jax.kernels.config import Config, HopperBlocks
 from sparse_flash_jax.kernels.mosaic.dq_sums import (
     DqSums,
@@ -49,6 +50,7 @@ from sparse_flash_jax.kernels.mosaic.products import (
     hide_unseen,
     load_bounds,
     multiply,
+    penalty_of_steps,
     product,
     spread_columns,
 )
@@ -60,6 +62,7 @@ from sparse_flash_jax.kernels.walks import Side, of_keys
 
 def _dkv_kernel(
     bounds,
+    distances,
     order,
     k,
     v,
@@ -115,6 +118,7 @@ def _dkv_kernel(
         def of_member(sums, member, taken):
             visit, edges = look(r, member) if ahead is None else ahead
             tile_at = program.tile_at(r, bounds, member)
+            penalty = penalty_of_steps(distances, program, r, tile_at, member)
             slot = lambda j: afresh(program.slot(taken + j - visit.start))
             by_column = lambda ring, j: plgpu.load(ring.at[slot(j)], layout=BY_COLUMN)
 
@@ -132,7 +136,7 @@ def _dkv_kernel(
                 """p of a step, `behind` products issued after that of its scores; and the slope of a soft cap."""
                 s = plgpu.wgmma_accumulator_load(s_ref, wait_n=behind)
                 lse_row = by_column(lse_ring, j) if absent is None else by_column(lse_ring, j) + absent
-                s, slope = scores_of(s, scale, soft_cap, unit=LOG2E)
+                s, slope = scores_of(s, scale, soft_cap, penalty(j), unit=LOG2E)
                 first = tile_at(j) * block.columns if masked else None
                 p = jnp.exp2(hide_unseen(s - spread_columns(lse_row, tile), LOWEST, edges, first, None, masked))
                 return p, slope
@@ -229,6 +233,7 @@ def backward_dkv(
     scale: float,
     config: Config[HopperBlocks],
     soft_cap: float | None = None,
+    alibi: Alibi | None = None,
     order: Int32[Array, "#B #K C"] | None = None,
     in_place: bool = False,
 ) -> tuple[Float[Array, "B _K _S H"] | Float[Array, "B _C _K H"], ...]:
@@ -236,11 +241,9 @@ def backward_dkv(
     # From head dim 192 on the registers hold one of the two sums.
     launches = ("kv",) if k.shape[3] <= 128 else ("k", "v")
     operands = (q, k, v, runs, lse, do, delta)
-    dk, dv = (
-        x
-        for parts in launches
-        for x in _dkv(parts, *operands, scale=scale, soft_cap=soft_cap, config=config, order=order, in_place=in_place)
-    )
+    options = {"scale": scale, "soft_cap": soft_cap, "alibi": alibi, "config": config}
+    options |= {"order": order, "in_place": in_place}
+    dk, dv = (x for parts in launches for x in _dkv(parts, *operands, **options))
     return dk, dv
 
 
@@ -284,7 +287,7 @@ def backward(
     return jnp.where(sees, by_bounds * scale, 0.0).astype(q.dtype).reshape(dq.shape), dk, dv
 
 
-def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, soft_cap, config, order=None, in_place=False):
+def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, soft_cap, config, alibi=None, order=None, in_place=False):
     block, head_dim = config.dkv, padded_head_dim(k.shape[3])
     held, both = row_buffers(block), 2 if "k" in parts else 1
     q_ready, do_ready, free = ready_barriers(block, 2), ready_barriers(block, both), free_barriers(block)
@@ -322,6 +325,7 @@ def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, soft_cap, config, order
         scratch,
         scale=scale,
         soft_cap=soft_cap,
+        distances=from_keys(alibi),
         block=block,
         last_first="q" in parts,
         config=config,

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
+from sparse_flash_jax.kernels.alibi import Alibi, from_queries
 from sparse_flash_jax.kernels.config import Config, HopperBlocks
 from sparse_flash_jax.kernels.mosaic.launch import (
     buffers,
@@ -30,6 +31,7 @@ from sparse_flash_jax.kernels.mosaic.products import (
     load_bounds,
     load_rows,
     multiply,
+    penalty_of_steps,
     product,
     spread_rows,
 )
@@ -40,6 +42,7 @@ from sparse_flash_jax.kernels.walks import of_queries
 
 def _dq_kernel(
     bounds,
+    distances,
     order,
     q,
     do,
@@ -83,6 +86,7 @@ def _dq_kernel(
 
     def compute(turns, r, seen, taken):
         (visit, edges, lse_row, delta_row), tile_at = seen, program.tile_at(r, bounds)
+        penalty = penalty_of_steps(distances, program, r, tile_at)
         own = program.own(r)
         slot = lambda j: afresh(program.slot(taken + j - visit.start))
         plgpu.barrier_wait(rows_ready.at[own])
@@ -99,7 +103,7 @@ def _dq_kernel(
                 multiply(dp_ref, do_tile.at[here], v_ring.at[slot(j)], stage, transposed=True)
                 turns.give()
                 s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-                s, slope = scores_of(s, scale, soft_cap, unit=LOG2E)
+                s, slope = scores_of(s, scale, soft_cap, penalty(j), unit=LOG2E)
                 s = s - spread_rows(lse_row, tile)
                 if masked:
                     column_tile = tile_at(j)
@@ -146,6 +150,7 @@ def backward_dq(
     scale: float,
     config: Config[HopperBlocks],
     soft_cap: float | None = None,
+    alibi: Alibi | None = None,
     order: Int32[Array, "#B #N C"] | None = None,
     in_place: bool = False,
 ) -> Float[Array, "B _N _T H"] | Float[Array, "B _C _N H"]:
@@ -166,6 +171,7 @@ def backward_dq(
         (own, own, ring, ring, plgpu.Barrier(num_arrivals=2, num_barriers=held), ready, ready, free, free, turn),
         scale=scale,
         soft_cap=soft_cap,
+        distances=from_queries(alibi),
         block=block,
         last_first=True,
         config=config,

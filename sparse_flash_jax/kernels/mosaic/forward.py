@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
+from sparse_flash_jax.kernels.alibi import Alibi, from_queries
 from sparse_flash_jax.kernels.config import Config, HopperBlocks
 from sparse_flash_jax.kernels.mosaic.launch import (
     buffers,
@@ -36,6 +37,7 @@ from sparse_flash_jax.kernels.mosaic.products import (
     hide_unseen,
     load_bounds,
     multiply,
+    penalty_of_steps,
     product,
     spread_rows,
 )
@@ -46,6 +48,7 @@ from sparse_flash_jax.kernels.walks import of_queries
 
 def _kernel(
     bounds,
+    distances,
     order,
     q,
     k,
@@ -73,7 +76,8 @@ def _kernel(
     head_dim, dtype = q.shape[3], q.dtype
     tile = (WARPGROUP_ROWS, block.columns)
     factor = (scale if soft_cap is None else soft_cap) * LOG2E
-    late = factor > 1e-6  # exp2 takes the factor in where it keeps the order of scores, and what hides them finite
+    # exp2 takes the factor in where nothing is added first, it keeps the order of scores, and what hides them finite
+    late = distances is None and factor > 1e-6
     left = factor if late else 1.0
     stage = None if stage is None else stage.at[program.warpgroup]
     streams = Stream(k, k_ring, k_ready, k_free), Stream(v, v_ring, v_ready, v_free)
@@ -87,6 +91,7 @@ def _kernel(
 
     def compute(turns, r, seen, taken):
         (visit, edges), tile_at = seen, program.tile_at(r, bounds)
+        penalty = penalty_of_steps(distances, program, r, tile_at)
         own = program.own(r)
         slot = lambda j: afresh(program.slot(taken + j - visit.start))
         plgpu.barrier_wait(q_ready.at[own])
@@ -94,12 +99,14 @@ def _kernel(
         def softmax(s, top, total, j, masked):
             if soft_cap is not None:
                 s = jnp.tanh(s * (scale / soft_cap))
+            if not late:
+                s = s * factor
+            lost = penalty(j)
+            s = s if lost is None else s - lost
             if masked:
                 column_tile = tile_at(j)
                 first, limit = column_tile * block.columns, program.limit(bounds, column_tile)
-                s = hide_unseen(s if late else s * factor, LOWEST / left, edges, first, limit, masked)
-            elif not late:
-                s = s * factor
+                s = hide_unseen(s, LOWEST / left, edges, first, limit, masked)
             new_top = jnp.maximum(top, s.max(axis=1) * left)
             p = jnp.exp2(s * left - spread_rows(new_top, tile))
             keep = jnp.exp2(top - new_top)
@@ -221,6 +228,7 @@ def forward(
     scale: float,
     config: Config[HopperBlocks],
     soft_cap: float | None = None,
+    alibi: Alibi | None = None,
     order: Int32[Array, "#B #N C"] | None = None,
     in_place: bool = False,
 ) -> tuple[Float[Array, "B _N _T H"] | Float[Array, "B _C _N H"], Float32[Array, "B N T"]]:
@@ -255,6 +263,7 @@ def forward(
         ),
         scale=scale,
         soft_cap=soft_cap,
+        distances=from_queries(alibi),
         block=block,
         last_first=True,
         config=config,

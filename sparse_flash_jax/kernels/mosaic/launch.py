@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
+from sparse_flash_jax.kernels.alibi import Distances
 from sparse_flash_jax.kernels.config import Config, HopperBlocks
 from sparse_flash_jax.kernels.mosaic.pipeline import MAX_REGISTERS
 from sparse_flash_jax.kernels.mosaic.program import HELD_TILES, WARPGROUP_ROWS, Shapes
@@ -38,6 +39,7 @@ def launch(
     *,
     scale: float,
     soft_cap: float | None,
+    distances: Distances | None = None,
     block: HopperBlocks,
     last_first: bool,
     config: Config[HopperBlocks],
@@ -49,9 +51,9 @@ def launch(
     """Returns a kernel's outputs, computed tile of rows by tile of rows.
 
     Args:
-        kernel: takes refs of `Bounds`, the order (or None), `rows`, `columns`, `outputs` (the last three padded) and
-            `scratch`; in the interpreter one more, of shared memory for operands that it cannot take from
-            registers; and by keyword scale, soft_cap and shapes.
+        kernel: takes refs of `Bounds`, `distances` (or None), the order (or None), `rows`, `columns`, `outputs` (the
+            last three padded) and `scratch`; in the interpreter one more, of shared memory for operands that it cannot
+            take from registers; and by keyword scale, soft_cap and shapes.
         side: what each row sees of the columns.
         order: position of each row that has one; outputs with a head dim are then [B T A H], by position, for as many
             positions. None leaves them by slot.
@@ -61,6 +63,7 @@ def launch(
         scratch: shared memory and barriers.
         scale: factor on the scores.
         soft_cap: of the scores, or None.
+        distances: by which scores lose, or None.
         block: the tile.
         last_first: whether programs start from the last tile of rows.
         config: which says whether to interpret.
@@ -91,17 +94,19 @@ def launch(
         listed=listed,
         in_place=in_place,
     )
-    of_bounds, tree = jax.tree.flatten(bounds)
-    by_slot, positions = list(of_bounds), None
+    if distances is not None:
+        distances = distances.padded(shapes.length, shapes.column_tiles * block.columns)
+    of_sides, tree = jax.tree.flatten((bounds, distances))
+    by_slot, positions = list(of_sides), None
     if order is not None:
         positions = order.shape[2]
         past = (0, 0), (0, 0), (0, shapes.length - positions)
         by_slot.append(jnp.pad(order, past, constant_values=-1))
 
     def body(*refs):
-        bounds, refs = jax.tree.unflatten(tree, refs[: len(of_bounds)]), refs[len(of_bounds) :]
+        sides, refs = jax.tree.unflatten(tree, refs[: len(of_sides)]), refs[len(of_sides) :]
         before = refs if order is not None else (None, *refs)
-        kernel(bounds, *before, scale=scale, soft_cap=soft_cap, shapes=shapes)
+        kernel(*sides, *before, scale=scale, soft_cap=soft_cap, shapes=shapes)
 
     body.__name__ = name
     interpreted = {}

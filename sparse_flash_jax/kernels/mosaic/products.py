@@ -1,15 +1,17 @@
-"""Blocks of scores in a warpgroup's registers: their layout, their products, and what hides pairs."""
+"""Blocks of scores in a warpgroup's registers: layout, products, what hides pairs, and penalties by distance."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from sparse_flash_jax.kernels.alibi import Distances, penalty_by_distance
 from sparse_flash_jax.kernels.mosaic.program import NARROW
-from sparse_flash_jax.kernels.tiles import Masked
+from sparse_flash_jax.kernels.tiles import LOG2E, Masked
 from sparse_flash_jax.kernels.walks import Bounds
 
 LAYOUT = plgpu.Layout.WGMMA
@@ -85,6 +87,32 @@ def hide_unseen(x: Array, fill: float, edges: Sequence[Array], first: Any, limit
 
     # One after another: the compiler has no "or" of masks in this layout that it does not keep in registers.
     return jnp.where(inside(start, stop), x, jnp.where(inside(*second), x, fill))
+
+
+def penalty_of_steps(
+    distances: Distances | None, program: Any, r: Any, tile_at: Callable[[Any], Any], member: Any = 0
+) -> Callable[[Any], Array | None]:
+    """Returns what the scores of each step of the r-th tile lose by distance, in base 2; None of no slopes.
+
+    Args:
+        distances: refs of them, or None.
+        program: whose tile.
+        r: its number.
+        tile_at: which tile of columns a step is at.
+        member: query head of the group.
+    """
+    if distances is None:
+        return lambda j: None
+    slopes, rows, columns = distances
+    slope = slopes[program.head * program.shapes.members + member] * LOG2E
+    position = load_rows(rows.at[*program.bounds(rows, member), program.rows(r)])
+
+    def penalty(j: Any) -> Array:
+        here = pl.ds(tile_at(j) * program.block.columns, program.block.columns)
+        of_columns = columns.at[*program.bounds(columns, member), here]
+        return penalty_by_distance(slope, position, plgpu.load(of_columns, layout=BY_COLUMN, optimized=False))
+
+    return penalty
 
 
 def multiply(acc: Any, a: Any, b: Any, stage: Any, *, transposed: bool = False) -> None:

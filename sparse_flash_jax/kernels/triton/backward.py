@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32
 
+from sparse_flash_jax.kernels.alibi import Alibi, from_keys, from_queries
 from sparse_flash_jax.kernels.config import Blocks, Config
 from sparse_flash_jax.kernels.tiles import LOG2E, Runs, scores_of
 from sparse_flash_jax.kernels.triton import launch
@@ -19,11 +20,11 @@ from sparse_flash_jax.kernels.walks import of_keys, of_queries
 
 
 def _dq_kernel(
-    order, bounds, q, do, lse, delta, k, v, dq, *, scale, block, heads, group, tiles, listed, precision, soft_cap
+    order, sides, q, do, lse, delta, k, v, dq, *, scale, block, heads, group, tiles, listed, precision, soft_cap
 ):
     b, n, i = launch.place(order, heads, tiles)
     rows = pl.ds(i * block.rows, block.rows)
-    sight = Sight(bounds, listed, b, n, heads, i, rows, block)
+    sight = Sight(sides, listed, b, n, heads, i, rows, block)
     head = n // group
     q_tile, do_tile = q[b, n, rows, :], do[b, n, rows, :]  # [rows, H]
     lse_row, delta_row = lse[b, n, rows] * LOG2E, delta[b, n, rows]  # [rows]
@@ -31,9 +32,8 @@ def _dq_kernel(
     def step(j, acc, *, masked):
         columns = pl.ds(j * block.columns, block.columns)
         k_tile, v_tile = k[b, head, columns, :], v[b, head, columns, :]  # [columns, H]
-        s, slope = scores_of(
-            launch.dot(q_tile, k_tile, contract=(1, 1), precision=precision), scale, soft_cap, unit=LOG2E
-        )
+        products = launch.dot(q_tile, k_tile, contract=(1, 1), precision=precision)
+        s, slope = scores_of(products, scale, soft_cap, sight.penalty(j), unit=LOG2E)
         p = jnp.exp2(s - lse_row[:, None])
         ds = p * (launch.dot(do_tile, v_tile, contract=(1, 1), precision=precision) - delta_row[:, None])
         ds = ds if slope is None else ds * slope
@@ -46,7 +46,7 @@ def _dq_kernel(
 
 
 def _dkv_kernel(
-    order, bounds, k, v, q, do, lse, delta, dk, dv, *, scale, block, heads, group, tiles, listed, precision, soft_cap
+    order, sides, k, v, q, do, lse, delta, dk, dv, *, scale, block, heads, group, tiles, listed, precision, soft_cap
 ):
     b, head, i = launch.place(order, heads // group, tiles)
     rows = pl.ds(i * block.rows, block.rows)
@@ -54,16 +54,15 @@ def _dkv_kernel(
 
     def of_member(member, carry):
         n = head * group + member
-        sight = Sight(bounds, listed, b, n, heads, i, rows, block)
+        sight = Sight(sides, listed, b, n, heads, i, rows, block)
 
         def step(j, carry, *, masked):
             dk_acc, dv_acc = carry
             columns = pl.ds(j * block.columns, block.columns)
             q_tile, do_tile = q[b, n, columns, :], do[b, n, columns, :]  # [columns, H]
             lse_column, delta_column = lse[b, n, columns] * LOG2E, delta[b, n, columns]  # [columns]
-            s, slope = scores_of(
-                launch.dot(k_tile, q_tile, contract=(1, 1), precision=precision), scale, soft_cap, unit=LOG2E
-            )
+            products = launch.dot(k_tile, q_tile, contract=(1, 1), precision=precision)
+            s, slope = scores_of(products, scale, soft_cap, sight.penalty(j), unit=LOG2E)
             p = jnp.exp2(s - lse_column[None, :])
             dp = launch.dot(v_tile, do_tile, contract=(1, 1), precision=precision) - delta_column[None, :]
             ds = p * dp if slope is None else p * dp * slope
@@ -95,6 +94,7 @@ def backward_dq(
     scale: float,
     config: Config[Blocks],
     soft_cap: float | None = None,
+    alibi: Alibi | None = None,
 ) -> Float[Array, "B N T H"]:
     """Returns dq in q's dtype; `delta` is sum(o * do) less the cotangent of lse."""
     (dq,) = launch.launch(
@@ -105,6 +105,7 @@ def backward_dq(
         (q,),
         scale=scale,
         soft_cap=soft_cap,
+        distances=from_queries(alibi),
         block=config.dq,
         last_first=True,
         config=config,
@@ -125,6 +126,7 @@ def backward_dkv(
     scale: float,
     config: Config[Blocks],
     soft_cap: float | None = None,
+    alibi: Alibi | None = None,
 ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
     """Returns dk and dv in k's dtype, summed over the query heads of a group."""
     dk, dv = launch.launch(
@@ -135,6 +137,7 @@ def backward_dkv(
         (k, v),
         scale=scale,
         soft_cap=soft_cap,
+        distances=from_keys(alibi),
         block=config.dkv,
         last_first=False,
         config=config,

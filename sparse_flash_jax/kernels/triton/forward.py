@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32
 
+from sparse_flash_jax.kernels.alibi import Alibi, from_queries
 from sparse_flash_jax.kernels.config import Blocks, Config
 from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, scores_of
 from sparse_flash_jax.kernels.triton import launch
@@ -19,10 +20,10 @@ from sparse_flash_jax.kernels.triton.sight import Sight
 from sparse_flash_jax.kernels.walks import of_queries
 
 
-def _kernel(order, bounds, q, k, v, o, lse, *, scale, block, heads, group, tiles, listed, precision, soft_cap):
+def _kernel(order, sides, q, k, v, o, lse, *, scale, block, heads, group, tiles, listed, precision, soft_cap):
     b, n, i = launch.place(order, heads, tiles)
     rows = pl.ds(i * block.rows, block.rows)
-    sight = Sight(bounds, listed, b, n, heads, i, rows, block)
+    sight = Sight(sides, listed, b, n, heads, i, rows, block)
     head = n // group
     q_tile = q[b, n, rows, :]  # [rows, H]
 
@@ -30,7 +31,8 @@ def _kernel(order, bounds, q, k, v, o, lse, *, scale, block, heads, group, tiles
         top, total, acc = carry
         columns = pl.ds(j * block.columns, block.columns)
         k_tile, v_tile = k[b, head, columns, :], v[b, head, columns, :]  # [columns, H]
-        s, _ = scores_of(launch.dot(q_tile, k_tile, contract=(1, 1), precision=precision), scale, soft_cap, unit=LOG2E)
+        products = launch.dot(q_tile, k_tile, contract=(1, 1), precision=precision)
+        s, _ = scores_of(products, scale, soft_cap, sight.penalty(j), unit=LOG2E)
         seen = sight.visible(j) if masked else None
         s = s if seen is None else jnp.where(seen, s, LOWEST)
         new_top = jnp.maximum(top, jnp.max(s, axis=1))
@@ -58,6 +60,7 @@ def forward(
     scale: float,
     config: Config[Blocks],
     soft_cap: float | None = None,
+    alibi: Alibi | None = None,
 ) -> tuple[Float[Array, "B N T H"], Float32[Array, "B N T"]]:
     """Returns o in q's dtype, and lse with -inf where a row sees nothing."""
     o, lse = launch.launch(
@@ -68,6 +71,7 @@ def forward(
         (q, jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)),
         scale=scale,
         soft_cap=soft_cap,
+        distances=from_queries(alibi),
         block=config.forward,
         last_first=True,
         config=config,

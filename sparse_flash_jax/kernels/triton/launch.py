@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Int32
 
+from sparse_flash_jax.kernels.alibi import Distances
 from sparse_flash_jax.kernels.config import Blocks, Config, operand_side
 from sparse_flash_jax.kernels.padding import pad, padded_shape
 from sparse_flash_jax.kernels.walks import Side, bounds_of
@@ -28,6 +29,7 @@ def launch(
     *,
     scale: float,
     soft_cap: float | None,
+    distances: Distances | None,
     block: Blocks,
     last_first: bool,
     config: Config[Blocks],
@@ -36,8 +38,8 @@ def launch(
     """Returns a kernel's outputs, computed tile of rows by tile of rows.
 
     Args:
-        kernel: takes refs, whole and in global memory, of the order of tiles, of `Bounds`, `rows`, `columns` and
-            `outputs`, the last three padded; by keyword scale, soft_cap, block, heads (N), group (N / K),
+        kernel: takes refs, whole and in global memory, of the order of tiles, of (`Bounds`, `distances`), `rows`,
+            `columns` and `outputs`, the last three padded; by keyword scale, soft_cap, block, heads (N), group (N / K),
             tiles, listed and precision.
         side: what each row sees of the columns.
         rows: [B N|K L H] or [B N L]: what a tile of rows holds of its own.
@@ -45,6 +47,7 @@ def launch(
         outputs: of their shapes and dtypes, with the rows' batch, heads and length.
         scale: factor on the scores.
         soft_cap: of the scores, or None.
+        distances: by which scores lose, or None.
         block: the tile.
         last_first: whether later tiles, of runs of equal length, start before earlier ones: the longest of a causal
             head are the last tiles of queries, and the first of keys.
@@ -83,7 +86,9 @@ def launch(
     )
     rows = [pad(x, block.rows, operand_side) for x in rows]
     columns = [pad(x, block.columns, operand_side) for x in columns]
-    padded = call(order, bounds, *rows, *columns)
+    if distances is not None:
+        distances = distances.padded(rows[0].shape[2], columns[0].shape[2])
+    padded = call(order, (bounds, distances), *rows, *columns)
     return [lax.slice(x, (0,) * x.ndim, like.shape) for x, like in zip(padded, outputs, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""What the rows of a Triton program see: the tiles to visit, and which columns of one are visible."""
+"""What the rows of a Triton program see: the tiles to visit, which columns of one are visible, and from how far."""
 
 import functools
 from collections.abc import Callable
@@ -6,11 +6,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from sparse_flash_jax.kernels import walks
+from sparse_flash_jax.kernels.alibi import Distances, penalty_by_distance
 from sparse_flash_jax.kernels.config import Blocks
-from sparse_flash_jax.kernels.tiles import TileRange, sweep, tile_range
+from sparse_flash_jax.kernels.tiles import LOG2E, TileRange, sweep, tile_range
 from sparse_flash_jax.kernels.walks import Bounds, Listed
 
 
@@ -18,7 +20,7 @@ class Sight:
     """What the rows of tile i of a head see.
 
     Args:
-        refs: of the side.
+        sides: refs of the side, and of distances or None.
         listed: of its blocks.
         b: batch entry.
         n: query head, one of `heads`.
@@ -28,7 +30,18 @@ class Sight:
         block: the tile.
     """
 
-    def __init__(self, refs: Bounds, listed: Listed, b: Any, n: Any, heads: int, i: Any, rows: Any, block: Blocks):
+    def __init__(
+        self,
+        sides: tuple[Bounds, Distances | None],
+        listed: Listed,
+        b: Any,
+        n: Any,
+        heads: int,
+        i: Any,
+        rows: Any,
+        block: Blocks,
+    ):
+        refs, self._distances = sides
         self._refs, self._listed, self._place, self._i, self._block = refs, listed, (b, n, heads), i, block
         row = self._row(refs.start)
         self._row_of_start, self._first = row, i * block.rows
@@ -36,6 +49,9 @@ class Sight:
         if refs.second is not None:
             row = self._row(refs.second[0])
             self._bounds.append((refs.second[0][*row, rows], refs.second[1][*row, rows]))
+        if self._distances is not None:
+            slopes, of_rows, _ = self._distances
+            self._slope, self._position = slopes[n] * LOG2E, of_rows[*self._row(of_rows), rows]  # [rows]
 
     def sweep(self, step: Callable[..., Any], carry: Any) -> Any:
         """Runs `carry = step(tile, carry, masked=...)` over the tiles of columns that the rows touch."""
@@ -66,6 +82,14 @@ class Sight:
             return visible
         of_block = lambda block: limit[*self._row(limit), block]
         return visible & (column < walks.limit_at(tile, of_block, self._listed.columns, columns))
+
+    def penalty(self, tile: Array) -> Array | None:
+        """Returns what the scores of a tile lose by distance, in base 2: [rows, columns]; None of no slopes."""
+        if self._distances is None:
+            return None
+        of_columns, columns = self._distances.columns, self._block.columns
+        position = of_columns[*self._row(of_columns), pl.ds(tile * columns, columns)]
+        return penalty_by_distance(self._slope, self._position, position)
 
     def _row(self, ref: Any) -> tuple[Any, Any]:
         """The row of an array [B|1 A ...] that holds for this batch entry and head."""
