@@ -21,6 +21,7 @@ WORDS = {
     "mha": "JAX's Pallas-Triton flash",
 }
 SWEPT, SINGLE, STEPS = "density-gpu.json", "attention-gpu-end-to-end.json", "train-step-gpu.json"
+BLOCKS = ("blocks-gpu.json", "blocks-gpu-64k.json")
 BOTH = "forward_backward"
 Records = dict[tuple[str, int], dict[str, Any]]
 
@@ -43,6 +44,7 @@ def tables() -> dict[str, str]:
         "speed-up": _speed_up(),
         "end-to-end": _end_to_end(),
         "training-step": _training_step(),
+        "blocks": _blocks(),
         "break-even": _break_even(measured),
     }
 
@@ -114,6 +116,21 @@ def _training_step() -> str:
             ]
         )
     return f"{_markdown(rows)}\n\n{_source(result['environment'])}."
+
+
+def _blocks() -> str:
+    """Whole calls over block masks, forward + backward, over cuDNN's dense causal attention: ours and FlexAttention's."""
+    results = [json.loads((RESULTS / name).read_text()) for name in BLOCKS]
+    speedups: dict[tuple[int, int], dict[int, str]] = {}
+    for case in (case for result in results for case in result["cases"] if case["kind"] == "blocks"):
+        flex = case["seconds"]["dense"]["median"] / case["flex_seconds"][BOTH]
+        of_shape = speedups.setdefault((case["length"], case["block"]), {})
+        of_shape[case["percent"]] = f"{case['speedup']['given']:.2f}x ({flex:.2f}x)"
+    percents = sorted({percent for of_shape in speedups.values() for percent in of_shape})
+    rows = [["T", "blocks of", *(f"{percent} % of causal's" for percent in percents)]]
+    for (length, block), of_shape in sorted(speedups.items()):
+        rows.append([str(length), str(block), *(of_shape[percent] for percent in percents)])
+    return f"{_markdown(rows)}\n\n{_source(results[0]['environment'])}."
 
 
 def _words(name: str) -> str:

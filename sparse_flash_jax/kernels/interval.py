@@ -38,7 +38,8 @@ RESIDUAL_NAMES = ("sparse_attention_o", "sparse_attention_lse")
 """`checkpoint_name`s of o and lse: a remat policy that saves them does not run the forward kernel twice."""
 
 ROWS_NAME = "sparse_attention_rows"
-"""`checkpoint_name` of q, k and v by slot: a remat policy that saves them, too, does not move them twice."""
+"""`checkpoint_name` of q, k and v by slot: a remat policy that saves them, too, does not move them twice. Where kernels
+read them in place, there are none."""
 
 _IN_PLACE = ()
 """Orders of rows that kernels read, and outputs that they write, by position."""
@@ -108,7 +109,8 @@ def permuted_attention(
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N Tc"]]:
     """Returns `interval_attention` of rows by position: into slot order, and o back.
 
-    For the backward pass it keeps q, k and v in slot order, and o by position.
+    For the backward pass it keeps q, k and v in slot order, and o by position: all of them by position where a plan sorts
+    nothing and the kernels read rows in place.
 
     Args:
         q: float [B T N H].
