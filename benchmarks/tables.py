@@ -119,7 +119,7 @@ def _training_step() -> str:
 
 
 def _blocks() -> str:
-    """Whole calls over block masks, forward + backward, over cuDNN's dense causal attention: ours and FlexAttention's."""
+    """Whole calls over block masks, forward + backward: how much faster than cuDNN dense ours and FlexAttention are."""
     results = [json.loads((RESULTS / name).read_text()) for name in BLOCKS]
     speedups: dict[tuple[int, int], dict[int, str]] = {}
     for case in (case for result in results for case in result["cases"] if case["kind"] == "blocks"):
