@@ -109,8 +109,8 @@ def permuted_attention(
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N Tc"]]:
     """Returns `interval_attention` of rows by position: into slot order, and o back.
 
-    For the backward pass it keeps q, k and v in slot order, and o by position: all by position where a plan sorts nothing
-    and the kernels read rows in place.
+    For the backward pass it keeps q, k and v in slot order, and o by position: all by position where a plan sorts
+    nothing and the kernels read rows in place.
 
     Args:
         q: float [B T N H].
