@@ -77,8 +77,9 @@ def sparse_attention(
         sink_logits: float [N], of each head the score of one more key, whose value is 0 and which all queries see that
             see another, so that a query may attend to nothing; differentiable. None for none.
         alibi_slopes: float [N], of each head what scores lose for each position between query i and key j, after the
-            cap: slope * |i - j|, the plan's `query_offset` added to i, in whatever order the plan sorts. Constants: to
-            differentiate them raises NotImplementedError. None for none.
+            cap: slope * |i - j|, the plan's `query_offset` added to i (a union or an intersection has that of its first
+            plan), in whatever order the plan sorts. Constants: to differentiate them raises NotImplementedError. None
+            for none.
         implementation: "mosaic", "triton" or "xla"; None picks for the default device. A named one never falls back.
         config: tile sizes of the kernels (`kernels/config.py`), `HopperBlocks` for "mosaic", else `Blocks`;
             None for those that suit the shapes and the device.

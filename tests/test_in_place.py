@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 import sparse_flash_jax as sfj
 from sparse_flash_jax.kernels import mosaic
@@ -19,7 +20,7 @@ from sparse_flash_jax.kernels.config import (
 from sparse_flash_jax.kernels.implementations import reads_in_place
 from tests.budget import assert_within_budget, judges, with_gradients
 from tests.cases import Inputs
-from tests.gpus import H100, lowered, on, passes
+from tests.gpus import H100, lowered, mesh_of, on, passes, put_device
 from tests.jaxprs import calls
 
 LENGTH = 256
@@ -68,14 +69,15 @@ def test_interpreted(kernels):
 
 
 def test_nothing_is_moved():
-    moves = lambda plan, inputs: [
-        calls(jax.make_jaxpr(lambda x: attend(x, plan, "mosaic", CONFIGS["two_kernels"]))(inputs), name)
+    moves = lambda plan, inputs, kernels="two_kernels": [
+        calls(jax.make_jaxpr(lambda x: attend(x, plan, "mosaic", CONFIGS[kernels]))(inputs), name)
         for name in ("_to_slots", "to_positions")
     ]
     assert moves(sfj.causal(LENGTH), drawn()) == [0, 0]
-    assert moves(sfj.causal(LENGTH - 1), drawn(LENGTH - 1))[0] == 1
+    assert moves(sfj.causal(LENGTH), drawn(), "one_kernel") == [0, 1], "dq, which is summed by slot"
+    assert moves(sfj.causal(LENGTH - 1), drawn(LENGTH - 1)) == [1, 2], "interpreted, kernels write by slot"
     ids = jnp.zeros((1, LENGTH, 2), jnp.int32)
-    assert moves(sfj.hash_sparse(ids, ids[:, :, :1]), drawn())[0] == 1
+    assert moves(sfj.hash_sparse(ids, ids[:, :, :1]), drawn()) == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,25 @@ def test_kernels_lower_for_cuda(head_dim):
                 operands = [x if isinstance(x, tuple) else by_position(x) for x in operands]
                 kernel = functools.partial(kernel, scale=0.1, config=config, in_place=True)
                 assert "mosaic_gpu" in lowered(kernel, *operands)
+
+
+@pytest.mark.parametrize("how", ["vmap", "shard_map"])
+def test_transformed_calls_lower_for_cuda(how, monkeypatch):
+    put_device(monkeypatch)
+    x = jax.ShapeDtypeStruct((8, LENGTH, 2, 64), "bfloat16")
+    if how == "vmap":
+        call, x = jax.vmap(gradients), jax.ShapeDtypeStruct((4, 2, *x.shape[1:]), x.dtype)
+    else:
+        axes = PartitionSpec("data")
+        call = jax.shard_map(gradients, mesh=mesh_of(H100), in_specs=axes, out_specs=axes)
+    with on(H100):
+        text = lowered(call, x, x, x, x)
+    assert "interval_attention_dqkv" in text
+    assert 'name = "to_slots"' not in text
+
+
+def gradients(q, k, v, do):
+    return jax.vjp(lambda q, k, v: sfj.sparse_attention(q, k, v, sfj.causal(LENGTH)), q, k, v)[1](do)
 
 
 @pytest.mark.gpu

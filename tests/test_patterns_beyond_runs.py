@@ -1,6 +1,8 @@
 """Plans of listed blocks and of two runs: their meaning by definition, and attention under them."""
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,10 @@ from sparse_flash_jax.kernels.config import (
     Blocks,
     Config,
     HopperBlocks,
+    hopper_bytes,
+    mosaic_config,
     mosaic_config_beyond_runs,
+    shared_memory,
     triton_config,
     within_blocks,
 )
@@ -99,12 +104,48 @@ def test_kernels_lower_for_cuda(name, head_dim):
     with on(H100):
         for kernels, config in (
             (mosaic, mosaic_config_beyond_runs(head_dim, long_runs=True, blocks=blocks)),
+            (mosaic, mosaic_config(head_dim, long_runs=False)),  # as given by hand
             (triton, triton_config("bfloat16", head_dim, long_runs=False, capability=9.0)),
         ):
             config = within_blocks(config, *blocks, head_dim) if blocks else config
             for kernel, operands in passes(kernels, "bfloat16", head_dim, runs, LENGTH):
                 text = lowered(functools.partial(kernel, scale=0.1, config=config), *operands)
                 assert "mosaic_gpu" in text or "triton" in text
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("long_runs", [False, True])
+def test_blocks_side_by_side_fit_shared_memory(head_dim, long_runs):
+    plain = dataclasses.replace(mosaic_config(head_dim, long_runs=long_runs), fused=False)
+    sizes = (64, 128, 192, 512)
+    for rows, columns in itertools.product(sizes, sizes):
+        for config in (plain, mosaic_config_beyond_runs(head_dim, long_runs=long_runs, blocks=(rows, columns))):
+            config = within_blocks(config, rows, columns, head_dim)
+            for tile, block, row_operands in (
+                (config.forward, rows, 1),
+                (config.dq, rows, 2),
+                (config.dkv, columns, 2),
+            ):
+                assert hopper_bytes(tile, row_operands, head_dim) <= shared_memory(9.0)
+                assert block % (tile.rows // tile.walks) == 0
+                assert not (tile.turns and tile.walks > 1)
+    assert within_blocks(plain, 512, 512, head_dim).dkv.walks == 1
+
+
+def test_wide_blocks_lower_for_cuda():
+    """Those of which shared memory holds one walk alone, and would not hold two."""
+    runs = jax.eval_shape(lambda mask: sfj.block_sparse(mask, (64, 128)), jnp.ones((1, 4, 4, 2), bool)).runs
+    config = mosaic_config_beyond_runs(128, long_runs=True, blocks=(64, 128))
+    config = within_blocks(config, 64, 128, 128)
+    with on(H100):
+        for kernel, operands in passes(mosaic, "bfloat16", 128, runs, 256):
+            assert "mosaic_gpu" in lowered(functools.partial(kernel, scale=0.1, config=config), *operands)
+
+
+def test_walks_are_of_lists():
+    drawn, tile = inputs("bfloat16"), HopperBlocks(2, 64, 2, walks=2)
+    with pytest.raises(ValueError, match="walks are of listed blocks"):
+        attend(drawn, sfj.causal(LENGTH), implementation="mosaic", config=Config(tile, tile, tile, interpret=True))
 
 
 def test_planned_under_jit():

@@ -63,7 +63,7 @@ class Config[Tile: Blocks | HopperBlocks]:
     def __post_init__(self):
         tile = self.dkv
         if self.fused and not (
-            isinstance(tile, HopperBlocks) and (tile.warpgroups, tile.columns, tile.tiles) == (2, 64, 1)
+            isinstance(tile, HopperBlocks) and (tile.warpgroups, tile.columns, tile.tiles, tile.walks) == (2, 64, 1, 1)
         ):
             raise ValueError(
                 "fused, one Hopper kernel for all gradients, takes as dkv a HopperBlocks of two warpgroups, 64 columns "
@@ -75,8 +75,14 @@ FUSED_HEAD_DIM = 64
 """The largest that `Config.fused` serves."""
 
 
-WALKING_HEAD_DIM = 128
-"""The largest at which shared memory holds more than one walk's tiles."""
+HELD_TILES = 3
+"""Tiles of rows that a Hopper program has at a time: it computes with one, loads another, stores one's output."""
+
+_BARRIERS = 1024
+"""Bytes, and more than there are."""
+
+HOPPER_HEAD_DIMS = (64, 96, 128, 192, 256)
+"""Of the Hopper kernels; others are padded to the next of these."""
 
 
 def within_blocks[Tile: Blocks | HopperBlocks](
@@ -89,28 +95,48 @@ def within_blocks[Tile: Blocks | HopperBlocks](
     """
     fit: Any = _fit_blocks
     if isinstance(config.forward, HopperBlocks):
-        fit = functools.partial(_fit_hopper, walks=head_dim <= WALKING_HEAD_DIM)
-    forward, dq = (fit(tile, query_block, key_block) for tile in (config.forward, config.dq))
-    return dataclasses.replace(config, forward=forward, dq=dq, dkv=fit(config.dkv, key_block, query_block), fused=False)
+        fit = functools.partial(_fit_hopper, head_dim=padded_head_dim(head_dim))
+    forward = fit(config.forward, query_block, key_block, row_operands=1)
+    dq = fit(config.dq, query_block, key_block, row_operands=2)
+    dkv = fit(config.dkv, key_block, query_block, row_operands=2)
+    return dataclasses.replace(config, forward=forward, dq=dq, dkv=dkv, fused=False)
 
 
-def _fit_blocks(tile: Blocks, rows: int, columns: int) -> Blocks:
+def padded_head_dim(head_dim: int) -> int:
+    """Returns the head dim that the Hopper kernels run at."""
+    return next(size for size in HOPPER_HEAD_DIMS if size >= head_dim)
+
+
+def _fit_blocks(tile: Blocks, rows: int, columns: int, *, row_operands: int) -> Blocks:
     return dataclasses.replace(tile, rows=math.gcd(tile.rows, rows), columns=math.gcd(tile.columns, columns))
 
 
-def _fit_hopper(tile: HopperBlocks, rows: int, columns: int, *, walks: bool) -> HopperBlocks:
-    """A tile in which several blocks of fewer rows walk their own lists, if `walks`; else it has fewer rows."""
+def _fit_hopper(tile: HopperBlocks, rows: int, columns: int, *, row_operands: int, head_dim: int) -> HopperBlocks:
+    """A tile in which as many blocks walk lists of their own as shared memory holds; of fewer rows, if of one only."""
     if rows % 64 or columns % 64:
         raise NotImplementedError(f"the Hopper kernels take blocks of multiples of 64 tokens, got {rows} x {columns}.")
-    of_walk = next(x for x in range(tile.warpgroups, 0, -1) if rows % (64 * x) == 0)
-    count = tile.warpgroups // of_walk if walks else 1
-    return dataclasses.replace(
-        tile,
-        warpgroups=count * of_walk,
-        columns=math.gcd(tile.columns, columns),
-        turns=tile.turns and count == 1,  # for those who take equally many steps
-        walks=count,
-    )
+    most, columns = tile.warpgroups, math.gcd(tile.columns, columns)
+    of_walk = next(x for x in range(most, 0, -1) if rows % (64 * x) == 0)
+    tile = dataclasses.replace(tile, warpgroups=of_walk, columns=columns)
+    # Turns are for warpgroups that take equally many steps.
+    side_by_side = [
+        dataclasses.replace(tile, warpgroups=walks * of_walk, turns=tile.turns and walks == 1, walks=walks)
+        for walks in range(most // of_walk, 0, -1)
+    ]
+    fitting = (x for x in side_by_side if hopper_bytes(x, row_operands, head_dim) <= shared_memory(9.0))
+    return next(fitting, side_by_side[-1])
+
+
+def hopper_bytes(tile: HopperBlocks, row_operands: int, head_dim: int) -> int:
+    """Returns the shared memory of a tile: rows and rings in 16 bits, a float32 for each row, and two for each column.
+
+    Args:
+        tile: of one pass.
+        row_operands: of its rows: q in forward; with do in dQ; k and v in dK/dV.
+        head_dim: a padded one.
+    """
+    held = min(tile.tiles, HELD_TILES) * tile.rows * (2 * row_operands * head_dim + 4)
+    return held + tile.walks * tile.num_stages * tile.columns * (4 * head_dim + 8) + _BARRIERS
 
 
 def xla_config(query_slots: int, key_slots: int) -> Config[Blocks]:

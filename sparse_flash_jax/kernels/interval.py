@@ -38,11 +38,8 @@ RESIDUAL_NAMES = ("sparse_attention_o", "sparse_attention_lse")
 """`checkpoint_name`s of o and lse: a remat policy that saves them does not run the forward kernel twice."""
 
 ROWS_NAME = "sparse_attention_rows"
-"""`checkpoint_name` of q, k and v by slot: a remat policy that saves them, too, does not move them twice. Where kernels
-read them in place, there are none."""
-
-_IN_PLACE = ()
-"""Orders of rows that kernels read, and outputs that they write, by position."""
+"""`checkpoint_name` of q, k and v by slot, or by position where kernels read them in place: a remat policy that saves
+them, too, does not make them twice."""
 
 # Axes of q, k and v as `by_batch_and_head` has them.
 _BY_POSITION, _BY_SLOT = ("b-n-", "b-k-", "b-k-"), ("bn--", "bk--", "bk--")
@@ -151,29 +148,31 @@ def _call(q, k, v, runs, orders, *, scale, soft_cap, implementation, config, lon
         )
     else:
         config = within_runs(config, runs, q.shape[-1])
-    if orders == (None, None) and reads_in_place(implementation, config, (q.shape[1], k.shape[1]), q.shape[3]):
-        orders = _IN_PLACE
+    lengths = q.shape[1], k.shape[1]
+    in_place = orders == (None, None) and reads_in_place(implementation, config, lengths, q.shape[3])
+    if in_place:
+        orders = None
     elif orders is not None and row_kernels(implementation, interpret=config.interpret) is not None:
         # Kernels change the layout as they move rows, several arrays a launch, though slots be positions.
         orders = tuple(identity(x.shape[1]) if side is None else side for x, side in zip((q, k), orders, strict=True))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     operands = vary_alike((q, k, v, runs, orders, alibi))
-    return _attention(*operands, Scores(scale, None if soft_cap is None else float(soft_cap)), implementation, config)
+    scores = Scores(scale, None if soft_cap is None else float(soft_cap))
+    return _attention(*operands, scores, implementation, config, in_place)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _attention(q, k, v, runs, orders, alibi, scores, implementation, config):
-    return _forward(q, k, v, runs, orders, alibi, scores, implementation, config)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+def _attention(q, k, v, runs, orders, alibi, scores, implementation, config, in_place):
+    return _forward(q, k, v, runs, orders, alibi, scores, implementation, config, in_place)[0]
 
 
-def _forward(q, k, v, runs, orders, alibi, scores, implementation, config):
-    if not orders:
-        o, lse = _attend(q, k, v, runs, orders, alibi, scores, implementation, config)
-    else:
+def _forward(q, k, v, runs, orders, alibi, scores, implementation, config, in_place):
+    if orders is not None:
         rows = row_kernels(implementation, interpret=config.interpret)
         q, k, v = _to_slots(q, k, v, orders, rows, whole_slots(implementation))
+    if orders is not None or in_place:
         q, k, v = (checkpoint_name(x, ROWS_NAME) for x in (q, k, v))
-        o, lse = _attend(q, k, v, runs, orders, alibi, scores, implementation, config)
+    o, lse = _attend(q, k, v, runs, orders, alibi, scores, implementation, config, in_place)
     o, lse = (checkpoint_name(x, name) for x, name in zip((o, lse), RESIDUAL_NAMES, strict=True))
     return (o, lse), (q, k, v, runs, orders, alibi, o, lse)
 
@@ -193,41 +192,42 @@ def _extended(runs: Runs, q: Float[Array, "B N T H"], k: Float[Array, "B K S H"]
     return Runs(*of_queries, *of_keys, None if runs.second is None else _extended(runs.second, q, k), runs.blocks)
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7, 8))
-def _attend(q, k, v, runs, orders, alibi, scores, implementation, config):
+@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9))
+def _attend(q, k, v, runs, orders, alibi, scores, implementation, config, in_place):
     forward = functools.partial(kernels_of(implementation).forward, **scores._asdict(), config=config)
 
     def attend(q, k, v, runs, orders, alibi):
-        if not orders:
-            return forward(q, k, v, runs, alibi=alibi, **_where(orders))
+        if orders is None:
+            return forward(q, k, v, runs, alibi=alibi, **_in_place(in_place))
         order = order_to_write(implementation, config, orders[0])
         o, lse = forward(q, k, v, _extended(runs, q, k), alibi=alibi, **_given(order))
         if order is None:
             (o,) = to_positions((o,), orders[:1], row_kernels(implementation, interpret=config.interpret))
         return o, lse[..., : runs.k_start.shape[2]]
 
-    axes = *_rows_letters(orders), _runs_letters(runs), _letters(orders), _alibi_letters(alibi)
-    results, divisible = (_o_letters(orders), "bn-"), not config.interpret
+    axes = *_rows_letters(in_place), _runs_letters(runs), _letters(orders), _alibi_letters(alibi)
+    by_position = in_place or orders is not None
+    results, divisible = ((_BY_POSITION if by_position else _BY_SLOT)[0], "bn-"), not config.interpret
     return by_batch_and_head(attend, (q, k, v, runs, orders, alibi), axes, results, divisible=divisible)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _backward(scores, implementation, config, residuals, cotangents):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _backward(scores, implementation, config, in_place, residuals, cotangents):
     q, k, v, runs, orders, alibi, o, lse = residuals
     operands = q, k, v, runs, orders, alibi, o, lse, *cotangents
-    o_letters, by = _o_letters(orders), _BY_SLOT if orders is None else _BY_POSITION
+    by = _BY_POSITION if in_place or orders is not None else _BY_SLOT
     tokens = _runs_letters(runs), _letters(orders), _alibi_letters(alibi)
-    axes = *_rows_letters(orders), *tokens, o_letters, "bn-", o_letters, "bn-"
-    gradients = functools.partial(_gradients, scores, implementation, config)
+    axes = *_rows_letters(in_place), *tokens, by[0], "bn-", by[0], "bn-"
+    gradients = functools.partial(_gradients, scores, implementation, config, in_place)
     divisible = not config.interpret
     return *by_batch_and_head(gradients, operands, axes, by, summed=True, divisible=divisible), None, None, None
 
 
-def _gradients(scores, implementation, config, q, k, v, runs, orders, alibi, o, lse, do, dlse):
+def _gradients(scores, implementation, config, in_place, q, k, v, runs, orders, alibi, o, lse, do, dlse):
     rows = row_kernels(implementation, interpret=config.interpret)
-    if not orders:
+    if orders is None:
         delta = sum_of_products(o, do)
-        delta = delta if orders is None else jnp.swapaxes(delta, 1, 2)
+        delta = jnp.swapaxes(delta, 1, 2) if in_place else delta
     else:
         do, delta = to_slots_with_delta(do, o, orders[0], rows, whole_slots(implementation))
         past = (0, 0), (0, 0), (0, do.shape[2] - lse.shape[2])
@@ -239,18 +239,18 @@ def _gradients(scores, implementation, config, q, k, v, runs, orders, alibi, o, 
         lse = jnp.where(jnp.isneginf(lse), -LOWEST, lse)
     kernels, operands = kernels_of(implementation), (q, k, v, runs, lse, do, delta)
     written = (None, None)
-    if orders and not config.fused:
+    if orders is not None and not config.fused:
         written = tuple(order_to_write(implementation, config, side) for side in orders)
         written = (None, None) if None in written else written
-    options = {**scores._asdict(), "config": config, **_where(orders)}
+    options = {**scores._asdict(), "config": config, **_in_place(in_place)}
     if config.fused:
         dq, dk, dv = kernels.backward(*operands, **options)
-        if orders == _IN_PLACE:  # sums of dq go by slot
+        if in_place:  # all but dq, which is summed by slot
             (dq,) = to_positions((dq,), (identity(q.shape[1]),), rows)
     else:
         dq = kernels.backward_dq(*operands, **options, alibi=alibi, **_given(written[0]))
         dk, dv = kernels.backward_dkv(*operands, **options, alibi=alibi, **_given(written[1]))
-    if orders and written == (None, None):
+    if orders is not None and written == (None, None):
         dq, dk, dv = to_positions((dq, dk, dv), (orders[0], orders[1], orders[1]), rows)
     return dq, dk, dv
 
@@ -260,9 +260,9 @@ def _runs_letters(runs: Runs) -> Runs:
     return jax.tree.map(lambda x: "bn" + "-" * (x.ndim - 2), runs)
 
 
-def _rows_letters(orders: Any) -> tuple[str, ...]:
-    """The axes of q, k and v as kernels have them."""
-    return _BY_POSITION if orders == _IN_PLACE else _BY_SLOT
+def _rows_letters(in_place: bool) -> tuple[str, ...]:
+    """The axes of q, k and v as kernels take them."""
+    return _BY_POSITION if in_place else _BY_SLOT
 
 
 def _alibi_letters(alibi: Alibi | None) -> Alibi | None:
@@ -270,23 +270,19 @@ def _alibi_letters(alibi: Alibi | None) -> Alibi | None:
     return None if alibi is None else Alibi._make(["n", "bn-", "bk-"])
 
 
-def _o_letters(orders: Any) -> str:
-    return _BY_SLOT[0] if orders is None else _BY_POSITION[0]
-
-
 def _letters(orders: Any) -> Any:
     """The axes of orders, as `by_batch_and_head` has them."""
-    if not orders:
-        return orders
+    if orders is None:
+        return None
     return tuple(
         None if side is None else Permutation._make([axes] * 2)
         for side, axes in zip(orders, ("bn-", "bk-"), strict=True)
     )
 
 
-def _where(orders: Any) -> dict[str, bool]:
+def _in_place(in_place: bool) -> dict[str, bool]:
     """An argument of kernels that can read rows in place."""
-    return {"in_place": True} if orders == _IN_PLACE else {}
+    return {"in_place": True} if in_place else {}
 
 
 def _given(order: Array | None) -> dict[str, Array]:

@@ -18,13 +18,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from sparse_flash_jax.kernels.alibi import Alibi, from_queries
-from sparse_flash_jax.kernels.config import Config, HopperBlocks
+from sparse_flash_jax.kernels.config import Config, HopperBlocks, padded_head_dim
 from sparse_flash_jax.kernels.mosaic.launch import (
     buffers,
     by_head,
     free_barriers,
     launch,
-    padded_head_dim,
     ready_barriers,
     row_buffers,
 )

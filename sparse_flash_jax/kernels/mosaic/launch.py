@@ -11,9 +11,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
 from sparse_flash_jax.kernels.alibi import Distances
-from sparse_flash_jax.kernels.config import Config, HopperBlocks
+from sparse_flash_jax.kernels.config import HELD_TILES, HOPPER_HEAD_DIMS, Config, HopperBlocks, padded_head_dim
 from sparse_flash_jax.kernels.mosaic.pipeline import MAX_REGISTERS
-from sparse_flash_jax.kernels.mosaic.program import HELD_TILES, WARPGROUP_ROWS, Shapes
+from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Shapes
 from sparse_flash_jax.kernels.padding import pad, padded_shape
 from sparse_flash_jax.kernels.walks import Side, bounds_of
 from sparse_flash_jax.manual_axes import vary_alike
@@ -23,9 +23,6 @@ _RAISE: dict[str, Any] = (
     {"on_race": "raise"} if "on_race" in inspect.signature(plgpu.InterpretGPUParams).parameters else {}
 )
 _INTERPRET = plgpu.InterpretGPUParams(detect_races=True, **_RAISE)
-
-HEAD_DIMS = (64, 96, 128, 192, 256)
-"""Others are padded to the next of these."""
 
 
 def launch(
@@ -78,6 +75,8 @@ def launch(
     """
     if block.warpgroups not in MAX_REGISTERS or block.columns % 64:
         raise ValueError(f"tiles of the Hopper kernels have 1 to 4 warpgroups and columns in 64s, got {block}.")
+    if block.walks > 1 and (side.lists is None or block.warpgroups % block.walks):
+        raise ValueError(f"walks are of listed blocks, and divide a tile's warpgroups; got {block}.")
     batch, row_heads, length = by_head(rows[0], in_place)
     _, column_heads, column_length = by_head(columns[0], in_place)
     heads, key_heads = sorted((row_heads, column_heads), reverse=True)
@@ -158,12 +157,7 @@ def by_head(x: Array | jax.ShapeDtypeStruct, in_place: bool) -> tuple[int, int, 
 def reads_in_place(config: Config[HopperBlocks], lengths: Sequence[int], head_dim: int) -> bool:
     """Returns whether rows of such lengths may stay by position, [B L A H]: where no tile or head dim is padded."""
     sides = WARPGROUP_ROWS, *(tile.columns for tile in (config.forward, config.dq, config.dkv))
-    return head_dim in HEAD_DIMS and not any(length % side for length in lengths for side in sides)
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """Returns the head dim that the kernels run at."""
-    return next(size for size in HEAD_DIMS if size >= head_dim)
+    return head_dim in HOPPER_HEAD_DIMS and not any(length % side for length in lengths for side in sides)
 
 
 def buffers(count: int, rows: int, columns: int, dtype: Any) -> Any:

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from sparse_flash_jax.kernels.config import HopperBlocks
+from sparse_flash_jax.kernels.config import HELD_TILES, HopperBlocks
 from sparse_flash_jax.kernels.tiles import TileRange, tile_range
 from sparse_flash_jax.kernels.walks import Bounds, Listed, limit_at, tile_at
 
 WARPGROUP_ROWS = 64  # of one wgmma
 NARROW = 64  # columns: wider blocks leave few registers beside sums and scores
-HELD_TILES = 3  # of rows: one is computed with while the next one loads and the last one's output is stored
 
 
 class Shapes(NamedTuple):
