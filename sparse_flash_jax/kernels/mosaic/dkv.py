@@ -236,7 +236,10 @@ def backward_dkv(
     order: Int32[Array, "#B #K C"] | None = None,
     in_place: bool = False,
 ) -> tuple[Float[Array, "B _K _S H"] | Float[Array, "B _C _K H"], ...]:
-    """Returns dk and dv in k's dtype, summed over a group's query heads; [B C K H] by position, given the order."""
+    """Returns dk and dv in k's dtype, summed over a group's query heads; [B C K H] by position, given the order.
+
+    With `in_place` q, k, v, do, dk and dv are all by position, [B T N H].
+    """
     # From head dim 192 on the registers hold one of the two sums.
     launches = ("kv",) if k.shape[3] <= 128 else ("k", "v")
     operands = (q, k, v, runs, lse, do, delta)
@@ -260,7 +263,10 @@ def backward(
     soft_cap: float | None = None,
     in_place: bool = False,
 ) -> tuple[Float[Array, "B _N _T H"], Float[Array, "B _K _S H"], Float[Array, "B _K _S H"]]:
-    """Returns dq, dk and dv from one kernel, with the tile of `config.dkv`; for head dims up to `FUSED_HEAD_DIM`."""
+    """Returns dq, dk and dv from one kernel, with the tile of `config.dkv`; for head dims up to `FUSED_HEAD_DIM`.
+
+    With `in_place` all but dq are by position, [B T N H]: dq is summed by slot, [B N T H].
+    """
 
     @jax.custom_batching.custom_vmap
     def folded(q, k, v, runs, lse, do, delta):

@@ -153,7 +153,10 @@ def backward_dq(
     order: Int32[Array, "#B #N C"] | None = None,
     in_place: bool = False,
 ) -> Float[Array, "B _N _T H"] | Float[Array, "B _C _N H"]:
-    """Returns dq in q's dtype, [B C N H] by position given the order; `delta` is sum(o * do) less lse's cotangent."""
+    """Returns dq in q's dtype, [B C N H] by position given the order; `delta` is sum(o * do) less lse's cotangent.
+
+    With `in_place` q, k, v, do and dq are all by position, [B T N H].
+    """
     block, head_dim = config.dq, padded_head_dim(q.shape[3])
     held = row_buffers(block)
     ready, free = ready_barriers(block), free_barriers(block)
