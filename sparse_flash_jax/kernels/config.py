@@ -190,7 +190,9 @@ def operand_side(size: int) -> int:
 
 
 def mosaic_config(head_dim: int, *, long_runs: bool) -> Config[HopperBlocks]:
-    """Returns tiles for the Hopper kernels: those fastest on an H100 (benchmarks/notes.md), without spills in loops but with slopes.
+    """Returns tiles for the Hopper kernels: those fastest on an H100 (benchmarks/notes.md) that spill nothing in loops.
+
+    With slopes some spill a little.
 
     Args:
         head_dim: H.
@@ -230,8 +232,8 @@ def mosaic_config_beyond_runs(
 ) -> Config[HopperBlocks]:
     """Returns tiles for the Hopper kernels where rows see two runs, or listed blocks; those are still to be fitted.
 
-    Up to head dim 64 they are the fastest of those tried on an H100 (benchmarks/notes.md): blocks of 128 tokens and more
-    take wide columns; of those of 64 several are side by side.
+    Up to head dim 64 they are the fastest of those tried on an H100 (benchmarks/notes.md): blocks of 128 tokens and
+    more take wide columns; of those of 64 several are side by side.
 
     Args:
         head_dim: H.
