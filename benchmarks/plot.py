@@ -1,6 +1,6 @@
 """Draws speed-up over dense attention by length, beside what can be had and what the paper measured.
 
-python benchmarks/plot.py            docs/speedup.png, and the tables of README.md
+python benchmarks/plot.py            docs/speedup.png, and the tables of README.md and docs/
 python benchmarks/plot.py --table    prints the tables and writes nothing
 
 All of ours comes from results/density-gpu.json and results/attention-gpu-end-to-end.json: forward + backward, whole
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import ROOT
-from tables import README, SHOWN, SINGLE, SWEPT, Records, in_readme, load, tables
+from tables import PAGES, SHOWN, SINGLE, SWEPT, Records, load, tables, write_pages
 
 PICTURE = ROOT / "docs" / "speedup.png"
 COLOURS = {"hash16": "#0072B2", "hash64": "#009E73", "qk50": "#E69F00", "qk70": "#D55E00"}  # Okabe and Ito
@@ -30,8 +30,10 @@ PAPER_TRAINING = {"hash16": [(8192, 2.0), (16_384, 3.3)]}
 
 
 def main() -> None:
-    """Prints the tables, or draws and writes them into the README."""
-    parser = argparse.ArgumentParser(description="Draws speed-up by length, and writes the README's tables.")
+    """Prints the tables, or draws and writes them into the pages."""
+    parser = argparse.ArgumentParser(
+        description="Draws speed-up by length, and writes the tables of README.md and docs/."
+    )
     parser.add_argument("--table", action="store_true", help="print the tables and write nothing")
     parser.add_argument("--out", type=Path, default=PICTURE, help="PNG or SVG; default docs/speedup.png")
     args = parser.parse_args()
@@ -39,8 +41,8 @@ def main() -> None:
         print(*(f"{name}\n\n{table}\n" for name, table in tables().items()), sep="\n")
         return
     draw(args.out)
-    README.write_text(in_readme(README.read_text()))
-    print(f"written to {args.out} and {README}")
+    write_pages()
+    print(f"written to {args.out}, {', '.join(PAGES)}")
 
 
 def draw(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The README's tables out of measured results: whole calls, training steps, and where sparse is not worth it."""
+"""The tables of the README and of docs/ out of measured results: whole calls, training steps, break-even."""
 
 import json
 import math
@@ -10,7 +10,6 @@ from environment import ROOT
 from time_shares import PACKAGE
 
 RESULTS = Path(__file__).resolve().parent / "results"
-README = ROOT / "README.md"
 SHOWN = {"hash16": "16 buckets", "hash64": "64 buckets", "qk50": "half of q and k dropped", "qk70": "70 % dropped"}
 WORDS = {
     "hash": "{} buckets",
@@ -22,7 +21,16 @@ WORDS = {
 }
 SWEPT, SINGLE, STEPS = "density-gpu.json", "attention-gpu-end-to-end.json", "train-step-gpu.json"
 BLOCKS = ("blocks-gpu.json", "blocks-gpu-64k.json")
+DIVIDED = "context-gpu.json"
 BOTH = "forward_backward"
+PAGES = {
+    "README.md": ("speed-up", "end-to-end", "blocks", "training-step", "break-even"),
+    "docs/index.md": ("break-even",),
+    "docs/patterns.md": ("patterns",),
+    "docs/devices.md": ("two-devices",),
+    "docs/results.md": ("speed-up", "end-to-end", "blocks", "training-step"),
+}
+"""Pages by their path, and the tables that each has."""
 Records = dict[tuple[str, int], dict[str, Any]]
 
 
@@ -38,7 +46,7 @@ def load(name: str) -> tuple[dict[str, Any], Records]:
 
 
 def tables() -> dict[str, str]:
-    """Returns each table of the README by the name in its markers."""
+    """Returns each table by the name in its markers."""
     measured = json.loads(PACKAGE.read_text())
     return {
         "speed-up": _speed_up(),
@@ -46,24 +54,32 @@ def tables() -> dict[str, str]:
         "training-step": _training_step(),
         "blocks": _blocks(),
         "break-even": _break_even(measured),
+        "patterns": _patterns(),
+        "two-devices": _two_devices(),
     }
 
 
-def in_readme(text: str) -> str:
-    """Returns the README with each table anew between its markers.
+def in_page(page: str, text: str) -> str:
+    """Returns the text of a page with each of its tables anew between its markers.
 
     Raises:
         ValueError: if it has not one pair of markers for a table.
     """
-    for name, table in tables().items():
+    made = tables()
+    for name in PAGES[page]:
         begin, end = f"<!-- table {name} -->\n\n", f"\n<!-- end of {name} -->"
         pattern = f"{begin}.*?{end}"
         if len(re.findall(pattern, text, re.DOTALL)) != 1:
-            raise ValueError(
-                f"{README.name} needs the lines {begin.strip()} and {end.strip()}, once, around its table."
-            )
-        text = re.sub(pattern, lambda _, new=f"{begin}{table}\n{end}": new, text, flags=re.DOTALL)
+            raise ValueError(f"{page} needs the lines {begin.strip()} and {end.strip()}, once, around its table.")
+        text = re.sub(pattern, lambda _, new=f"{begin}{made[name]}\n{end}": new, text, flags=re.DOTALL)
     return text
+
+
+def write_pages() -> None:
+    """Writes the tables anew into all pages."""
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(in_page(page, path.read_text()))
 
 
 def _speed_up() -> str:
@@ -131,6 +147,49 @@ def _blocks() -> str:
     for (length, block), of_shape in sorted(speedups.items()):
         rows.append([str(length), str(block), *(of_shape[percent] for percent in percents)])
     return f"{_markdown(rows)}\n\n{_source(results[0]['environment'])}."
+
+
+def _patterns() -> str:
+    """One call of each pattern at the longest length, forward + backward, over cuDNN's dense causal attention."""
+    environment, swept = load(SWEPT)
+    longest = max(length for _, length in swept)
+    result = json.loads((RESULTS / BLOCKS[1]).read_text())
+    cases = [
+        (WORDS[name.rstrip("0123456789")].format(re.sub(r"\D", "", name)), swept[name, longest], BOTH) for name in SHOWN
+    ]
+    for case in result["cases"]:
+        name = {
+            "blocks": f"{case['percent']} % of causal's blocks of {case['block']}, plan given",
+            "sinks": f"{case['sinks']} sinks and a window of {case['window']}, plan given",
+            "top_k": f"the best {case['chosen']} of blocks of {case['block']}, choice included",
+        }[case["kind"]]
+        cases.append((name, case, "made" if case["kind"] == "top_k" else "given"))
+    rows = [["pattern", "density", "ms", "times as fast as dense"]]
+    for name, case, part in cases:
+        density = case["density"] if "density" in case else case["tiles"]["density"]
+        seconds = case["seconds"][part]
+        median = seconds if isinstance(seconds, float) else seconds["median"]
+        rows.append([name, f"{density:.3g}", f"{1e3 * median:.2f}", f"{case['speedup'][part]:.1f}x"])
+    rows = [rows[0], *sorted(rows[1:], key=lambda row: float(row[1]))]
+    return f"{_markdown(rows)}\n\n{longest} tokens. {_source(environment)}; {_source(result['environment'])}."
+
+
+def _two_devices() -> str:
+    """A sequence over two devices, by exchange and layout, forward + backward, beside one device."""
+    result = json.loads((RESULTS / DIVIDED).read_text())
+    by_pattern: dict[tuple[int, int], dict[str, float]] = {}
+    for case in result["cases"]:
+        of_pattern = by_pattern.setdefault((case["length"], -case["buckets"]), {"one device": 0.0})
+        of_pattern["one device"] = case["seconds"]["one_device"]["median"]
+        of_pattern[f"{case['exchange']}, {case['layout']}"] = case["seconds"][BOTH]["median"]
+    columns = list(next(iter(by_pattern.values())))
+    rows = [["T", "pattern", *(f"{column}, ms" for column in columns), "best over one device"]]
+    for (length, negative), seconds in sorted(by_pattern.items(), key=lambda item: (item[0][0], -item[0][1])):
+        pattern = f"{-negative} buckets" if negative else "causal"
+        best = seconds["one device"] / min(seconds[column] for column in columns[1:])
+        times = (f"{1e3 * seconds[column]:.3g}" for column in columns)
+        rows.append([str(length), pattern, *times, f"{best:.2f}x"])
+    return f"{_markdown(rows)}\n\n{_source(result['environment'])}."
 
 
 def _words(name: str) -> str:

@@ -3,12 +3,14 @@
     python examples/draw_masks.py                           text
     python examples/draw_masks.py --png masks.png           a column for each pattern; needs matplotlib
     python examples/draw_masks.py --opener docs/masks.png   the hash-sparse pattern alone
+    python examples/draw_masks.py --each docs/masks         a file for each pattern
 
 In slot order the tiles that a kernel visits are marked, and those of them that are wholly visible and need no mask.
 """
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -211,6 +213,21 @@ def as_opener(picture: Picture, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def as_pair(picture: Picture, path: Path) -> None:
+    """Writes one pattern in two small panels: by position, and by slot with the tiles that run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.0, 3.4))
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.05)
+    left, right = figure.subplots(1, 2)
+    _draw(left, picture.by_position, picture.group)
+    _draw(right, picture.by_slot, picture.slot_group, picture)
+    left.set(xlabel="key position", ylabel="query position")
+    right.set(xlabel="key slot", ylabel="query slot")
+    figure.suptitle(f"{picture.title}: {picture.caption}", fontsize=10, color=INK)
+    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
+
+
 def _draw(ax, mask: Bool[np.ndarray, "T S"], group: Int[np.ndarray, " T"], tiled: Picture | None = None) -> None:
     """Draws a mask with its rows coloured by group, and with the tiles of a picture."""
     from matplotlib.colors import to_rgb
@@ -265,11 +282,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draws each pattern by position and by slot.")
     parser.add_argument("--png", type=Path, help="write a figure with a column for each pattern")
     parser.add_argument("--opener", type=Path, help="write a figure of the hash-sparse pattern alone")
+    parser.add_argument("--each", type=Path, help="write a figure of each pattern into this folder")
     parser.add_argument("--length", type=int, help="tokens; default 24 as text, 96 as a figure")
     parser.add_argument("--block", type=int, help="tokens along a side of a tile; default 4 as text, 8 as a figure")
     parser.add_argument("--seed", type=int, default=0, help="seed of buckets and dropped tokens")
     args = parser.parse_args(argv)
-    text = args.png is None and args.opener is None
+    text = args.png is None and args.opener is None and args.each is None
     length, block = args.length or (24 if text else 96), args.block or (4 if text else 8)
     pictures = [picture(*pattern, block=block) for pattern in patterns(length, args.seed, block)]
     if text:
@@ -279,6 +297,10 @@ def main(argv: list[str] | None = None) -> None:
         as_columns(pictures, args.png)
     if args.opener:
         as_opener(next(each for each in pictures if each.title == "hash-sparse"), args.opener)
+    if args.each:
+        args.each.mkdir(parents=True, exist_ok=True)
+        for each in pictures:
+            as_pair(each, args.each / f"{'-'.join(re.findall(r'[a-z]+|[0-9]+', each.title.lower()))}.png")
 
 
 if __name__ == "__main__":

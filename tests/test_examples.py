@@ -1,3 +1,4 @@
+import pathlib
 import re
 
 import matplotlib.image
@@ -6,6 +7,7 @@ import pytest
 
 from examples.draw_masks import main, patterns, picture
 
+ROOT = pathlib.Path(__file__).parents[1]
 LENGTH, BLOCK = 24, 4
 
 
@@ -63,9 +65,13 @@ def test_text_shows_both_masks(pictures, capsys):
     assert {len(row) for row in rows} == {4 * LENGTH + 4}
 
 
-def test_figures_are_written(tmp_path):
-    columns, opener = tmp_path / "columns.png", tmp_path / "opener.png"
-    main(["--length", str(LENGTH), "--block", str(BLOCK), "--png", str(columns), "--opener", str(opener)])
+def test_figures_are_written(pictures, tmp_path):
+    columns, opener, each = tmp_path / "columns.png", tmp_path / "opener.png", tmp_path / "each"
+    sizes = ["--length", str(LENGTH), "--block", str(BLOCK)]
+    main([*sizes, "--png", str(columns), "--opener", str(opener), "--each", str(each)])
+    of_patterns = sorted(path.name for path in each.iterdir())
+    assert len(of_patterns) == len(pictures)
+    assert of_patterns == sorted(path.name for path in (ROOT / "docs" / "masks").iterdir())
     assert opener.stat().st_size < 150_000
     for path in (columns, opener):
         image = matplotlib.image.imread(path)

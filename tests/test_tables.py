@@ -1,4 +1,4 @@
-"""The README's tables are those of the results, and break-even is where time shares cross."""
+"""The tables of README.md and docs/ are those of the results, and break-even is where time shares cross."""
 
 import importlib
 import pathlib
@@ -18,14 +18,22 @@ def tables():
         sys.path.pop(0)
 
 
-def test_the_readme_has_the_measured_tables(tables):
-    readme = (ROOT / "README.md").read_text()
-    assert tables.in_readme(readme) == readme, "write them anew with: python benchmarks/plot.py"
+def test_pages_have_the_measured_tables(tables):
+    for page in tables.PAGES:
+        text = (ROOT / page).read_text()
+        assert tables.in_page(page, text) == text, "write them anew with: python benchmarks/plot.py"
 
 
-def test_a_readme_without_markers_is_refused(tables):
+def test_pages_with_tables_are_known(tables):
+    with_tables = [
+        path for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) if "<!-- table" in path.read_text()
+    ]
+    assert {path.relative_to(ROOT).as_posix() for path in with_tables} == set(tables.PAGES)
+
+
+def test_a_page_without_markers_is_refused(tables):
     with pytest.raises(ValueError, match="<!-- table speed-up -->"):
-        tables.in_readme("# A title\n")
+        tables.in_page("README.md", "# A title\n")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """The language model: causal by gradient, dense and sparse alike, exact in its options."""
 
 import dataclasses
-import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
@@ -153,11 +151,3 @@ def test_wrong_sizes():
         make(attention=(Dense(),))
     with pytest.raises(ValueError, match="max_length=32"):
         make()(jnp.zeros((1, 33), jnp.int32), key=KEY)
-
-
-@pytest.mark.parametrize("readme", ["README.md", "models/README.md"])
-def test_readme_code_runs(readme):
-    blocks = re.findall(r"```python\n(.*?)```", (pathlib.Path(__file__).parents[1] / readme).read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, readme, "exec"), {"__name__": "readme"})
