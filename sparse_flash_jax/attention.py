@@ -197,11 +197,12 @@ def hash_sparse_attention(
     check_scale(scale)
     buckets = hash_rounds(q, k, num_buckets, key, rounds, centred=centred, implementation=implementation)
     rule = {"causal": causal, "exclude_self": exclude_self, "window": window}
-    planned = [hash_sparse(*x, **rule, num_buckets=num_buckets, implementation=implementation) for x in buckets]
-    options = {"scale": scale, "implementation": implementation}
+    plans = tuple(hash_sparse(*x, **rule, num_buckets=num_buckets, implementation=implementation) for x in buckets)
     if rounds == 1:
-        return sparse_attention(q, k, v, planned[0], **options, return_residual=return_residual)
-    out, lse = attend_in_rounds(q, k, v, Rounds(tuple(planned), buckets), **options)
+        return sparse_attention(
+            q, k, v, plans[0], scale=scale, implementation=implementation, return_residual=return_residual
+        )
+    out, lse = attend_in_rounds(q, k, v, Rounds(plans, buckets), scale=scale, implementation=implementation)
     return (out, lse) if return_residual else out
 
 

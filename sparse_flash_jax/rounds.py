@@ -45,9 +45,14 @@ class Rounds(NamedTuple):
         return sum((plan.density() for plan in self.plans), start=jnp.float32(0))
 
     @property
-    def overflow(self) -> Int32[Array, "B N"]:
-        """That of the plans, of which each has the same."""
-        return self.plans[0].overflow
+    def query_overflow(self) -> Int32[Array, "B N"]:
+        """Queries that did not fit into the capacity: the same in each plan."""
+        return self.plans[0].query_overflow
+
+    @property
+    def key_overflow(self) -> Int32[Array, "B K"]:
+        """Keys, likewise."""
+        return self.plans[0].key_overflow
 
 
 def hash_rounds(
