@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
 from sparse_flash_jax.hashing import hash_sides
+from sparse_flash_jax.kernels.config import Config
 from sparse_flash_jax.kernels.interval import permuted_attention
 from sparse_flash_jax.kernels.repeats import Repeats
 from sparse_flash_jax.permute import Permutation, restore_lse
@@ -80,6 +81,7 @@ def attend_in_rounds(
     *,
     scale: float | None = None,
     implementation: str | None = None,
+    config: Config | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]:
     """Returns o and lse over the pairs that any round shows, as `sparse_attention` does; differentiable alike.
 
@@ -96,6 +98,7 @@ def attend_in_rounds(
             plan.keys,
             scale=scale,
             implementation=implementation,
+            config=config,
             long_runs=plan.long_runs,
             repeats=_repeats(rounds.buckets[:number], plan),
         )

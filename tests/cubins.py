@@ -19,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 from sparse_flash_jax.kernels import mosaic, triton
 from sparse_flash_jax.kernels.config import mosaic_config, triton_config
 from sparse_flash_jax.kernels.tiles import Runs
-from tests.gpus import GPUS, on, passes, passes_by_position, passes_with_slopes
+from tests.gpus import GPUS, on, passes, passes_by_position, passes_of_a_round, passes_with_slopes
 
 HOPPER = "NVIDIA H100 80GB HBM3"
 # What the compiler asks of a GPU: capability, shared memory a block and a multiprocessor, L2, memory, its bandwidth.
@@ -68,6 +68,7 @@ def compile_all(kernels, kind, dtype, head_dim, config):
         "": passes(kernels, dtype, head_dim, runs, length=1024, fused=config.fused),
         "_by_position": passes_by_position(kernels, dtype, head_dim, runs, length=1024) if by_position else (),
         "_with_slopes": passes_with_slopes(kernels, dtype, head_dim, runs, length=1024),
+        "_of_a_round": passes_of_a_round(kernels, dtype, head_dim, runs, length=1024),
     }
     for how, (kernel, operands) in ((how, each) for how, of_passes in compiled.items() for each in of_passes):
         name = kernel.__name__ + how
