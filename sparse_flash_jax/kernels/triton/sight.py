@@ -75,11 +75,12 @@ class Sight:
 
     def visible(self, tile: Array, masked: Any) -> Array | None:
         """Returns which columns of a tile each row sees: bool [rows, columns]; None where it sees all."""
-        here = pl.ds(tile * self._block.columns, self._block.columns)
-        columns = [ref[*self._row(ref), here] for ref in self._repeats.columns]
-        new = [~repeated(*ids) for ids in zip(self._ids, columns, strict=True)]
-        inside = [self._inside(tile)] if masked else []
-        return functools.reduce(jnp.logical_and, [*inside, *new]) if inside or new else None
+        seen = self._inside(tile) if masked else None
+        for of_rows, ref in zip(self._ids, self._repeats.columns, strict=True):
+            of_columns = ref[*self._row(ref), pl.ds(tile * self._block.columns, self._block.columns)]
+            new = ~repeated(of_rows, of_columns)
+            seen = new if seen is None else seen & new
+        return seen
 
     def _inside(self, tile: Array) -> Array:
         """Which columns of a tile are in the runs of each row."""
