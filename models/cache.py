@@ -56,7 +56,7 @@ def init_cache(model: Transformer, batch: int, length: int, *, key: PRNGKeyArray
         documents: whether tokens see only their own document.
 
     Raises:
-        NotImplementedError: if a layer looks ahead: `QK(scored=True)` and `BlockTopK`.
+        NotImplementedError: if a layer looks ahead, `QK(scored=True)` and `BlockTopK`, or hashes in rounds.
         ValueError: if a layer is `Auto`, or hashes with centred buckets in documents.
     """
     return tuple(

@@ -107,7 +107,7 @@ def generate(
         int32 [B count].
 
     Raises:
-        NotImplementedError: if a layer looks ahead: by learned scores, or by means of blocks.
+        NotImplementedError: if a layer looks ahead, by learned scores or by means of blocks, or hashes in rounds.
         ValueError: if a prompt is empty, `count` is below 1, or P + count exceeds the learned positions.
     """
     decoder, params, decoded = _begin(

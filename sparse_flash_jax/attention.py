@@ -5,14 +5,14 @@ from typing import Any, Literal, overload
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
-from sparse_flash_jax.hashing import hash_sides
 from sparse_flash_jax.kernels.alibi import Alibi, constant
 from sparse_flash_jax.kernels.config import Config
 from sparse_flash_jax.kernels.implementations import check_implementation
 from sparse_flash_jax.kernels.interval import permuted_attention
 from sparse_flash_jax.patterns import hash_sparse, qk_sparse
-from sparse_flash_jax.permute import restore
+from sparse_flash_jax.permute import restore_lse
 from sparse_flash_jax.plan import AttentionPlan
+from sparse_flash_jax.rounds import Rounds, attend_in_rounds, hash_rounds
 from sparse_flash_jax.validation import check_attention_inputs, check_logits, check_scale
 
 
@@ -120,7 +120,7 @@ def sparse_attention(
     )
     if not return_residual and sink_logits is None:
         return out
-    lse = _restore_lse(lse, plan)
+    lse = restore_lse(lse, plan.queries)
     if sink_logits is not None:
         out, lse = _with_sink(out, lse, sink_logits)
     return (out, lse) if return_residual else out
@@ -160,11 +160,15 @@ def hash_sparse_attention(
     exclude_self: bool = False,
     window: int | None = None,
     centred: bool = False,
+    rounds: int = 1,
     scale: float | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
 ) -> Any:
     """Returns attention in which queries see the keys that hash to their own bucket: hash, plan, attend.
+
+    One hash parts some that are alike. In several rounds each has a hash of its own, and a query sees the keys that are
+    in its bucket in any of them, all in one softmax, each once. A round costs what one alone does, in time and memory.
 
     Args:
         q: float [B T N H].
@@ -176,6 +180,7 @@ def hash_sparse_attention(
         exclude_self: whether a query also does not see the key of its own position.
         window: positions that a query looks back, its own included; None for all.
         centred: whether to hash vectors minus their running mean, which evens buckets out: see `lsh_buckets`.
+        rounds: hashes, at least 1, each with rotations drawn from a part of `key`.
         scale: as in `sparse_attention`.
         implementation: as in `sparse_attention`.
         return_residual: as in `sparse_attention`.
@@ -186,19 +191,20 @@ def hash_sparse_attention(
     Raises:
         TypeError, ValueError, NotImplementedError: as `lsh_buckets`, `hash_sparse` and `sparse_attention`.
 
-    Source: arXiv 2306.01160, section 3.2.
+    Source: arXiv 2306.01160, section 3.2; rounds as in "Reformer: The Efficient Transformer", arXiv 2001.04451, which
+        counts a pair in each round that shows it, and then divides.
     """
     check_attention_inputs(q, k, v)
-    buckets = hash_sides(q, k, num_buckets, key, centred=centred, implementation=implementation)
-    plan = hash_sparse(
-        *buckets,
-        causal=causal,
-        exclude_self=exclude_self,
-        window=window,
-        num_buckets=num_buckets,
-        implementation=implementation,
-    )
-    return sparse_attention(q, k, v, plan, scale=scale, implementation=implementation, return_residual=return_residual)
+    check_scale(scale)
+    buckets = hash_rounds(q, k, num_buckets, key, rounds, centred=centred, implementation=implementation)
+    rule = {"causal": causal, "exclude_self": exclude_self, "window": window}
+    plans = tuple(hash_sparse(*x, **rule, num_buckets=num_buckets, implementation=implementation) for x in buckets)
+    if rounds == 1:
+        return sparse_attention(
+            q, k, v, plans[0], scale=scale, implementation=implementation, return_residual=return_residual
+        )
+    out, lse = attend_in_rounds(q, k, v, Rounds(plans, buckets), scale=scale, implementation=implementation)
+    return (out, lse) if return_residual else out
 
 
 def qk_sparse_attention(
@@ -250,14 +256,6 @@ def qk_sparse_attention(
         implementation=implementation,
     )
     return sparse_attention(q, k, v, plan, scale=scale, implementation=implementation, return_residual=return_residual)
-
-
-def _restore_lse(lse: Float32[Array, "B N Tc"], plan: AttentionPlan) -> Float32[Array, "B T N"]:
-    restored = restore(lse[..., None], plan.queries)[..., 0]
-    if plan.query_slot is None or plan.runs.k_start.shape[-1] == plan.query_length:
-        return restored
-    has_slot = plan.query_slot < plan.runs.k_start.shape[-1]
-    return jnp.where(jnp.swapaxes(has_slot, 1, 2), restored, -jnp.inf)
 
 
 def _check_plan(plan: AttentionPlan, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> None:

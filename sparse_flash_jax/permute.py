@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 
 class Permutation(NamedTuple):
@@ -37,6 +37,14 @@ def restore(x: Float[Array, "B A C H"], permutation: Permutation | None) -> Floa
     """Returns the rows of x by position: the inverse of `gather`. A position without a slot gets 0."""
     x = x if permutation is None else _permute(x, permutation.slot, permutation.order)
     return jnp.swapaxes(x, 1, 2)
+
+
+def restore_lse(lse: Float32[Array, "B N C"], queries: Permutation | None) -> Float32[Array, "B _T N"]:
+    """Returns log-sum-exp by position, -inf where a query has no slot."""
+    slots, restored = lse.shape[2], restore(lse[..., None], queries)[..., 0]
+    if queries is None or slots == queries.slot.shape[2]:
+        return restored
+    return jnp.where(jnp.swapaxes(queries.slot < slots, 1, 2), restored, -jnp.inf)
 
 
 @jax.custom_vjp

@@ -19,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 from sparse_flash_jax.kernels import mosaic, triton
 from sparse_flash_jax.kernels.config import mosaic_config, triton_config
 from sparse_flash_jax.kernels.tiles import Runs
-from tests.gpus import GPUS, on, passes, passes_by_position, passes_with_slopes
+from tests.gpus import GPUS, on, passes, passes_by_position, passes_of_a_round, passes_with_slopes
 
 HOPPER = "NVIDIA H100 80GB HBM3"
 # What the compiler asks of a GPU: capability, shared memory a block and a multiprocessor, L2, memory, its bandwidth.
@@ -58,8 +58,8 @@ device_description_str: "{kind}"
 """
 
 
-def compile_all(kernels, kind, dtype, head_dim, config):
-    """Yields each pass's name, and the error or None."""
+def compile_all(kernels, kind, dtype, head_dim, config, *, rounds):
+    """Yields each pass's name, and the error or None; with `rounds`, those of later rounds, too."""
     topology = topologies.get_topology_desc("", platform="cuda", target_config=target(kind), topology="1x1x1")
     place = SingleDeviceSharding(topology.devices[0])
     runs = Runs(*jax.eval_shape(lambda: [jnp.zeros((1, 4, 1024), jnp.int32)] * 4))
@@ -68,6 +68,7 @@ def compile_all(kernels, kind, dtype, head_dim, config):
         "": passes(kernels, dtype, head_dim, runs, length=1024, fused=config.fused),
         "_by_position": passes_by_position(kernels, dtype, head_dim, runs, length=1024) if by_position else (),
         "_with_slopes": passes_with_slopes(kernels, dtype, head_dim, runs, length=1024),
+        "_of_a_round": passes_of_a_round(kernels, dtype, head_dim, runs, length=1024) if rounds else (),
     }
     for how, (kernel, operands) in ((how, each) for how, of_passes in compiled.items() for each in of_passes):
         name = kernel.__name__ + how
@@ -119,7 +120,8 @@ def main() -> None:
         name = kernels.__name__.rpartition(".")[2]
         if wanted and name not in wanted:
             continue
-        results = compile_all(kernels, kind, dtype, head_dim, config)
+        # Runs within buckets do not count as long.
+        results = compile_all(kernels, kind, dtype, head_dim, config, rounds=not long_runs)
         while True:
             result, text = said(lambda results=results: next(results, None))
             if result is None:

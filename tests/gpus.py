@@ -7,6 +7,7 @@ import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from sparse_flash_jax.kernels.alibi import Alibi
+from sparse_flash_jax.kernels.repeats import Repeats
 
 H100 = "NVIDIA H100 80GB HBM3"
 # Device kind: multiprocessors, compute capability.
@@ -76,6 +77,18 @@ def passes_with_slopes(kernels, dtype, head_dim, runs, length=300):
             return kernel(*operands[:-1], alibi=operands[-1], **options)
 
         yield sloped, (*operands, alibi)
+
+
+def passes_of_a_round(kernels, dtype, head_dim, runs, length=300):
+    """The same where pairs that two earlier rounds show are hidden; the last operand has their ids."""
+    of_queries, of_keys = (jax.ShapeDtypeStruct((1, heads, length), "int32") for heads in (4, 2))
+    for kernel, operands in passes(kernels, dtype, head_dim, runs, length):
+
+        @functools.wraps(kernel)
+        def later(*operands, kernel=kernel, **options):
+            return kernel(*operands[:-1], repeats=operands[-1], **options)
+
+        yield later, (*operands, Repeats((of_queries,) * 2, (of_keys,) * 2))
 
 
 def passes_by_position(kernels, dtype, head_dim, runs, length=300):

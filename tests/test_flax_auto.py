@@ -102,6 +102,8 @@ def test_the_choice_tells_why(monkeypatch):
 def test_wrong_options():
     with pytest.raises(ValueError, match="no measurements of windows"):
         Auto(Hash(4, window=9))
+    with pytest.raises(ValueError, match="no measurements of several rounds"):
+        Auto(Hash(4, rounds=2))
     for density in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="density"):
             Auto(HASH, density=density)

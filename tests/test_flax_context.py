@@ -91,6 +91,7 @@ def test_linen_inside_of_shard_map(mesh):
     [
         (Dense(backend="xla"), "takes whole sequences; leave it out"),
         (Hash(4, centred=True), "leave out centred"),
+        (Hash(4, rounds=2), "takes whole sequences; leave out rounds"),
         (Hash(4), "draws random rotations"),
         (QK(0.5), "drops tokens at random"),
         (Window(5, sinks=1), "takes whole sequences; leave out sinks"),

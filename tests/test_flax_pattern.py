@@ -126,6 +126,24 @@ def test_normalising_zero_is_finite():
     assert bool(jnp.all(jnp.isfinite(gradient)))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_hash_in_rounds(heads, segment_ids, packed):
+    """Attention over the union of what each round shows."""
+    q, k = heads
+    pattern, ids = Hash(4, exclude_self=True, rounds=2), segment_ids if packed else None
+    o, plan = attend(pattern, q, k, k, key=jax.random.key(1), segment_ids=ids)
+    seen = np.zeros((), bool)
+    for key in jax.random.split(jax.random.key(1), 2):
+        query_bucket = per_query_head(sfj.lsh_buckets(q, 4, key, num_rotations=K))
+        seen = seen | (query_bucket[..., :, None] == per_query_head(sfj.lsh_buckets(k, 4, key))[..., None, :])
+    seen = seen & np.tril(EARLIER, -1)
+    seen = seen & same_document(segment_ids) if packed else seen
+    np.testing.assert_array_equal(dense(plan), seen)
+    np.testing.assert_allclose(o, sfj.reference_attention(q, k, k, jnp.asarray(seen)), atol=2e-6)
+    assert seen.mean() * 2 * T / (T + 1) <= plan.density()
+    assert not plan.query_overflow.any()
+
+
 def test_centred_hash_refuses_documents(heads, segment_ids):
     q, k = heads
     with pytest.raises(ValueError, match="centres whole rows, across documents"):

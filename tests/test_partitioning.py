@@ -53,6 +53,13 @@ def sloped(q, k, v, do, query_bucket, key_bucket):
     return attended(q, k, v, do, sfj.hash_sparse(query_bucket, key_bucket), alibi_slopes=slopes)
 
 
+def in_rounds(q, k, v, do, *_):
+    """The ids of the first round are compared in the second."""
+    attend = functools.partial(sfj.hash_sparse_attention, num_buckets=BUCKETS, key=KEY, rounds=2, return_residual=True)
+    (o, lse), vjp = jax.vjp(attend, q, k, v)
+    return o, lse, *vjp((do, jnp.ones_like(lse)))
+
+
 def arrays(heads, key_heads):
     """q, k, v, a cotangent, and bucket ids of queries and keys."""
     rng = np.random.default_rng(heads + key_heads)
@@ -91,7 +98,7 @@ def assert_as_on_one_device(function, operands, over, kind, *, moves=()):
 
 
 @KINDS
-@pytest.mark.parametrize("function", [planned_from_ids, hashed, dropped, chosen, packed, causal, sloped])
+@pytest.mark.parametrize("function", [planned_from_ids, hashed, dropped, chosen, packed, causal, sloped, in_rounds])
 def test_nothing_moves(function, kind):
     got, parts = assert_as_on_one_device(function, arrays(8, 4), ("data", "tensor"), kind)
     for x, part in zip((got[0], *got[2:]), (parts[0], *parts[:3]), strict=True):

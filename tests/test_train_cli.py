@@ -145,6 +145,8 @@ def test_presets_and_options():
             "--model.dense-backend xla cannot keep documents apart",
         ),
         (["--centred", "--data.separate-documents"], "--model.centred centres across documents"),
+        (["--model.rounds", "0"], "--model.rounds must be at least 1, got 0"),
+        (["--attention", "auto", "--model.rounds", "2"], "--model.rounds: nothing was measured of several"),
         (["--evaluation.lengths", "512", "0"], "--evaluation.lengths must be at least 1, got 0"),
         (
             ["--evaluation.lengths", "512", "4096", "--model.positions", "learned"],

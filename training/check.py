@@ -120,6 +120,10 @@ def _check_attention(model: ModelConfig, documents_apart: bool) -> None:
         raise ConfigError(f"--model.rate must be below 1, got {model.rate}")
     if "hash" in kinds and (model.buckets < 2 or model.buckets % 2):
         raise ConfigError(f"--model.buckets must be even and at least 2, got {model.buckets}")
+    if "hash" in kinds and model.rounds < 1:
+        raise ConfigError(f"--model.rounds must be at least 1, got {model.rounds}")
+    if "auto" in model.attention and model.auto_sparse == "hash" and model.rounds > 1:
+        raise ConfigError("--model.rounds: nothing was measured of several; leave it out, or --attention auto")
     if "hash" in kinds and model.centred and documents_apart:
         raise ConfigError(
             "--model.centred centres across documents; leave it out, or leave out --data.separate-documents and"

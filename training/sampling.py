@@ -33,7 +33,8 @@ def continue_held_out(
     """Samples how a text from the middle of the held-out stream goes on; None where no tokens are asked for.
 
     Raises:
-        NotImplementedError: if the model looks ahead at what is not there yet, by learned scores or means of blocks.
+        NotImplementedError: if the model looks ahead at what is not there yet, by learned scores or means of blocks, or
+            hashes in rounds.
     """
     settings = config.sample
     if settings.tokens == 0:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 from sparse_flash_jax.flax.pattern import QK, Concrete, Dense, Hash, KeepScores
 from sparse_flash_jax.kernels.implementations import cudnn_attends
 from sparse_flash_jax.plan import AttentionPlan
+from sparse_flash_jax.rounds import Rounds
 from sparse_flash_jax.time_share import TimeShare, expected_time_share
 
 
@@ -60,13 +61,14 @@ class Auto:
     to the bit, as those of this package's kernels do.
 
     Args:
-        sparse: `Hash` or `QK`, without a window.
+        sparse: `Hash` or `QK`, without a window, of one round.
         density: share of causal pairs that it is expected to show; None for evenly filled buckets, 1 / num_buckets, and
             for (1 - rate)**2. Buckets of alike tokens show more: `plan.density()` tells.
 
     Raises:
         TypeError: if the pattern is neither.
-        ValueError: if the sparse pattern has a window, of which nothing was measured, or the density is not in (0, 1].
+        ValueError: if the sparse pattern has a window or several rounds, of which nothing was measured, or the density
+            is not in (0, 1].
     """
 
     sparse: Hash | QK
@@ -77,6 +79,8 @@ class Auto:
             raise TypeError(f"Auto weighs a Hash or QK against dense attention, got {self.sparse!r}.")
         if self.sparse.window is not None:
             raise ValueError(f"Auto has no measurements of windows, leave out the window of {self.sparse}.")
+        if isinstance(self.sparse, Hash) and self.sparse.rounds > 1:
+            raise ValueError(f"Auto has no measurements of several rounds, leave out the rounds of {self.sparse}.")
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"density must be in (0, 1], the visible share of causal pairs, got {self.density}.")
 
@@ -120,7 +124,7 @@ class Auto:
         segment_ids: Int32[Array, "B T"] | None = None,
         scores: KeepScores | None = None,
         implementation: str | None = None,
-    ) -> AttentionPlan:
+    ) -> AttentionPlan | Rounds:
         """Returns the plan of what is chosen for these queries."""
         options = {"key": key, "segment_ids": segment_ids, "scores": scores, "implementation": implementation}
         return resolve(self, q, segment_ids, implementation).plan(q, k, **options)

@@ -107,7 +107,7 @@ def concrete(pattern: Pattern) -> Cacheable:
     """The pattern, if tokens can be cached under it.
 
     Raises:
-        NotImplementedError: if it looks ahead: by learned scores, or by means of blocks.
+        NotImplementedError: if it looks ahead, by learned scores or by means of blocks, or hashes in several rounds.
         ValueError: if it is `Auto`.
     """
     if not isinstance(pattern, Concrete):
@@ -119,6 +119,8 @@ def concrete(pattern: Pattern) -> Cacheable:
             f"{pattern} chooses by the mean of a whole block of queries: what a token sees changes with what follows "
             "it in its block, and cannot be cached. Use Window or Hash, which are causal."
         )
+    if isinstance(pattern, Hash) and pattern.rounds > 1:
+        raise NotImplementedError(f"{pattern} has several rounds, and a cache knows the buckets of one: use rounds=1.")
     if isinstance(pattern, QK) and pattern.scored:
         raise NotImplementedError(
             f"{pattern} compares a token's score with those of later tokens: what a token sees changes with what "

@@ -17,6 +17,7 @@ from sparse_flash_jax.flax.auto import Auto, Pattern, is_scored, resolve
 from sparse_flash_jax.flax.pattern import Concrete, Dense, KeepScores
 from sparse_flash_jax.flax.shared_keys import normalise
 from sparse_flash_jax.plan import AttentionPlan
+from sparse_flash_jax.rounds import Rounds, attend_in_rounds
 
 
 def check_heads(num_heads: int, num_key_heads: int, head_dim: int, shared_qk: bool, rope: bool) -> None:
@@ -50,7 +51,7 @@ def attend(
     scale: float | None = None,
     implementation: str | None = None,
     context: Context | None = None,
-) -> tuple[Float[Array, "B T N H"], AttentionPlan | DividedPlan]:
+) -> tuple[Float[Array, "B T N H"], AttentionPlan | Rounds | DividedPlan]:
     """Attention of projected heads under a pattern.
 
     The plan is made before rotary positions are applied: buckets go by content. Where tokens are kept by learned
@@ -113,7 +114,7 @@ def attend_planned(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    plan: AttentionPlan,
+    plan: AttentionPlan | Rounds,
     *,
     segment_ids: Int32[Array, "B T"] | None = None,
     scale: float | None = None,
@@ -122,6 +123,8 @@ def attend_planned(
     """Attention under a plan that the pattern made, by the backend that a dense one names."""
     if isinstance(pattern, Dense) and pattern.backend is not None:
         return _jax_attention(pattern, q, k, v, segment_ids, scale)
+    if isinstance(plan, Rounds):
+        return attend_in_rounds(q, k, v, plan, scale=scale, implementation=implementation)[0]
     return sparse_attention(q, k, v, plan, scale=scale, implementation=implementation)
 
 

@@ -14,6 +14,7 @@ from sparse_flash_jax.flax.auto import Auto, Pattern, is_scored
 from sparse_flash_jax.flax.heads import attend, check_heads
 from sparse_flash_jax.flax.pattern import QK, BlockTopK, Dense, Hash, KeepScores, Window
 from sparse_flash_jax.plan import AttentionPlan
+from sparse_flash_jax.rounds import Rounds
 
 __all__ = [
     "QK",
@@ -72,7 +73,7 @@ class SparseSelfAttention(linen.Module):
         positions: Int32[Array, "#B T"] | None = None,
         segment_ids: Int32[Array, "B T"] | None = None,
         return_plan: bool = False,
-    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], AttentionPlan | DividedPlan]:
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], AttentionPlan | Rounds | DividedPlan]:
         """Attends within a sequence.
 
         Args:

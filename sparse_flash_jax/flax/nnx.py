@@ -17,6 +17,7 @@ from sparse_flash_jax.flax.decode import prefill, step
 from sparse_flash_jax.flax.heads import attend, check_heads
 from sparse_flash_jax.flax.pattern import QK, BlockTopK, Dense, Hash, KeepScores, Window
 from sparse_flash_jax.plan import AttentionPlan
+from sparse_flash_jax.rounds import Rounds
 
 __all__ = [
     "QK",
@@ -130,7 +131,7 @@ class SparseSelfAttention(nnx.Module):
     @overload
     def __call__(
         self, x: jax.Array, *, key: Any = ..., positions: Any = ..., segment_ids: Any = ..., return_plan: Literal[True]
-    ) -> tuple[jax.Array, AttentionPlan | DividedPlan]: ...
+    ) -> tuple[jax.Array, AttentionPlan | Rounds | DividedPlan]: ...
 
     def __call__(
         self,
@@ -140,7 +141,7 @@ class SparseSelfAttention(nnx.Module):
         positions: Int32[Array, "#B T"] | None = None,
         segment_ids: Int32[Array, "B T"] | None = None,
         return_plan: bool = False,
-    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], AttentionPlan | DividedPlan]:
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], AttentionPlan | Rounds | DividedPlan]:
         """Attends within a sequence.
 
         Args:
@@ -190,7 +191,7 @@ class SparseSelfAttention(nnx.Module):
             dtype: of the heads; default that of the layer, else that of its parameters.
 
         Raises:
-            NotImplementedError: if the pattern looks ahead: `QK(scored=True)` and `BlockTopK`.
+            NotImplementedError: if the pattern looks ahead, `QK(scored=True)` and `BlockTopK`, or hashes in rounds.
             ValueError: if the pattern is `Auto`, a key is missing, or centred buckets are to be in documents.
         """
         dtype = dtype or self.dtype or self.param_dtype

@@ -28,6 +28,7 @@ from sparse_flash_jax.kernels.implementations import (
     within_runs,
 )
 from sparse_flash_jax.kernels.padding import extend_bounds
+from sparse_flash_jax.kernels.repeats import NO_REPEATS, Repeats
 from sparse_flash_jax.kernels.rows import row_kernels, sum_of_products, to_positions, to_slots, to_slots_with_delta
 from sparse_flash_jax.kernels.tiles import LOWEST, Runs
 from sparse_flash_jax.manual_axes import vary_alike
@@ -103,6 +104,7 @@ def permuted_attention(
     config: Config | None = None,
     long_runs: bool = False,
     alibi: Alibi | None = None,
+    repeats: Repeats = NO_REPEATS,
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N Tc"]]:
     """Returns `interval_attention` of rows by position: into slot order, and o back.
 
@@ -122,6 +124,7 @@ def permuted_attention(
         config: as in `interval_attention`.
         long_runs: as in `interval_attention`.
         alibi: constants by which scores fall with distance, after the cap; None of no slopes.
+        repeats: pairs within the runs that are hidden: those of earlier rounds.
 
     Returns:
         o [B T N H] in q's dtype, 0 where a query has no slot or its run is empty; and lse float32 [B N Tc], by slot.
@@ -130,21 +133,24 @@ def permuted_attention(
         ValueError, NotImplementedError: as `interval_attention`.
     """
     options = {"implementation": implementation, "config": config, "long_runs": long_runs}
-    return _call(q, k, v, runs, (queries, keys), scale=scale, soft_cap=soft_cap, alibi=alibi, **options)
+    options |= {"alibi": alibi, "repeats": repeats}
+    return _call(q, k, v, runs, (queries, keys), scale=scale, soft_cap=soft_cap, **options)
 
 
-def _call(q, k, v, runs, orders, *, scale, soft_cap, implementation, config, long_runs, alibi=None):
+def _call(q, k, v, runs, orders, *, scale, soft_cap, implementation, config, long_runs, alibi=None, repeats=NO_REPEATS):
     check_implementation(implementation, q.dtype, q.shape[-1], config)
     if implementation is None:
         implementation = pick_implementation(q.dtype, q.shape[-1], config, runs)
     if runs.blocks is not None:
         check_block_sizes(implementation, runs.blocks.sizes)
+    by_pair = alibi is not None or bool(repeats.rows)
     if config is None:
         config = default_config(implementation, dtype=q.dtype, head_dim=q.shape[-1], runs=runs, long_runs=long_runs)
-        config = config if alibi is None else dataclasses.replace(config, fused=False)
-    elif config.fused and not (runs.plain and alibi is None):
+        config = dataclasses.replace(config, fused=False) if by_pair else config
+    elif config.fused and (by_pair or not runs.plain):
         raise ValueError(
-            "config.fused takes plans of one run for each query, without blocks, and no slopes; leave fused out."
+            "config.fused takes plans of one run for each query, without blocks, no slopes and one round; "
+            "leave fused out."
         )
     else:
         config = within_runs(config, runs, q.shape[-1])
@@ -156,25 +162,25 @@ def _call(q, k, v, runs, orders, *, scale, soft_cap, implementation, config, lon
         # Kernels change the layout as they move rows, several arrays a launch, though slots be positions.
         orders = tuple(identity(x.shape[1]) if side is None else side for x, side in zip((q, k), orders, strict=True))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    operands = vary_alike((q, k, v, runs, orders, alibi))
+    operands = vary_alike((q, k, v, runs, orders, alibi, repeats))
     scores = Scores(scale, None if soft_cap is None else float(soft_cap))
     return _attention(*operands, scores, implementation, config, in_place)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
-def _attention(q, k, v, runs, orders, alibi, scores, implementation, config, in_place):
-    return _forward(q, k, v, runs, orders, alibi, scores, implementation, config, in_place)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10))
+def _attention(q, k, v, runs, orders, alibi, repeats, scores, implementation, config, in_place):
+    return _forward(q, k, v, runs, orders, alibi, repeats, scores, implementation, config, in_place)[0]
 
 
-def _forward(q, k, v, runs, orders, alibi, scores, implementation, config, in_place):
+def _forward(q, k, v, runs, orders, alibi, repeats, scores, implementation, config, in_place):
     if orders is not None:
         rows = row_kernels(implementation, interpret=config.interpret)
         q, k, v = _to_slots(q, k, v, orders, rows, whole_slots(implementation))
     if orders is not None or in_place:
         q, k, v = (checkpoint_name(x, ROWS_NAME) for x in (q, k, v))
-    o, lse = _attend(q, k, v, runs, orders, alibi, scores, implementation, config, in_place)
+    o, lse = _attend(q, k, v, runs, orders, alibi, repeats, scores, implementation, config, in_place)
     o, lse = (checkpoint_name(x, name) for x, name in zip((o, lse), RESIDUAL_NAMES, strict=True))
-    return (o, lse), (q, k, v, runs, orders, alibi, o, lse)
+    return (o, lse), (q, k, v, runs, orders, alibi, repeats, o, lse)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
@@ -192,38 +198,41 @@ def _extended(runs: Runs, q: Float[Array, "B N T H"], k: Float[Array, "B K S H"]
     return Runs(*of_queries, *of_keys, None if runs.second is None else _extended(runs.second, q, k), runs.blocks)
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9))
-def _attend(q, k, v, runs, orders, alibi, scores, implementation, config, in_place):
+@functools.partial(jax.jit, static_argnums=(7, 8, 9, 10))
+def _attend(q, k, v, runs, orders, alibi, repeats, scores, implementation, config, in_place):
     forward = functools.partial(kernels_of(implementation).forward, **scores._asdict(), config=config)
 
-    def attend(q, k, v, runs, orders, alibi):
+    def attend(q, k, v, runs, orders, alibi, repeats):
+        beside = {"alibi": alibi, "repeats": repeats}
         if orders is None:
-            return forward(q, k, v, runs, alibi=alibi, **_in_place(in_place))
+            return forward(q, k, v, runs, **beside, **_in_place(in_place))
         order = order_to_write(implementation, config, orders[0])
-        o, lse = forward(q, k, v, _extended(runs, q, k), alibi=alibi, **_given(order))
+        o, lse = forward(q, k, v, _extended(runs, q, k), **beside, **_given(order))
         if order is None:
             (o,) = to_positions((o,), orders[:1], row_kernels(implementation, interpret=config.interpret))
         return o, lse[..., : runs.k_start.shape[2]]
 
-    axes = *_rows_letters(in_place), _runs_letters(runs), _letters(orders), _alibi_letters(alibi)
+    tokens = _runs_letters(runs), _letters(orders), _alibi_letters(alibi), _repeats_letters(repeats)
     by_position = in_place or orders is not None
     results, divisible = ((_BY_POSITION if by_position else _BY_SLOT)[0], "bn-"), not config.interpret
-    return by_batch_and_head(attend, (q, k, v, runs, orders, alibi), axes, results, divisible=divisible)
+    operands = (q, k, v, runs, orders, alibi, repeats)
+    return by_batch_and_head(attend, operands, (*_rows_letters(in_place), *tokens), results, divisible=divisible)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _backward(scores, implementation, config, in_place, residuals, cotangents):
-    q, k, v, runs, orders, alibi, o, lse = residuals
-    operands = q, k, v, runs, orders, alibi, o, lse, *cotangents
+    q, k, v, runs, orders, alibi, repeats, o, lse = residuals
+    operands = q, k, v, runs, orders, alibi, repeats, o, lse, *cotangents
     by = _BY_POSITION if in_place or orders is not None else _BY_SLOT
-    tokens = _runs_letters(runs), _letters(orders), _alibi_letters(alibi)
+    tokens = _runs_letters(runs), _letters(orders), _alibi_letters(alibi), _repeats_letters(repeats)
     axes = *_rows_letters(in_place), *tokens, by[0], "bn-", by[0], "bn-"
     gradients = functools.partial(_gradients, scores, implementation, config, in_place)
     divisible = not config.interpret
-    return *by_batch_and_head(gradients, operands, axes, by, summed=True, divisible=divisible), None, None, None
+    dq, dk, dv = by_batch_and_head(gradients, operands, axes, by, summed=True, divisible=divisible)
+    return dq, dk, dv, None, None, None, None
 
 
-def _gradients(scores, implementation, config, in_place, q, k, v, runs, orders, alibi, o, lse, do, dlse):
+def _gradients(scores, implementation, config, in_place, q, k, v, runs, orders, alibi, repeats, o, lse, do, dlse):
     rows = row_kernels(implementation, interpret=config.interpret)
     if orders is None:
         delta = sum_of_products(o, do)
@@ -234,8 +243,9 @@ def _gradients(scores, implementation, config, in_place, q, k, v, runs, orders, 
         runs, lse, dlse = _extended(runs, q, k), jnp.pad(lse, past), jnp.pad(dlse, past)
     # d lse / d s is p, as is d o / d s up to the row's mean, so lse's cotangent joins delta.
     delta = delta - dlse
-    if runs.blocks is not None:
-        # Within a listed block keys may be shown queries that see nothing: whose p must be 0, not exp of infinity.
+    if runs.blocks is not None or repeats.rows:
+        # Queries that see nothing may be shown to keys of a listed block, or of a run that is hidden by earlier rounds:
+        # their p must be 0, not exp of infinity.
         lse = jnp.where(jnp.isneginf(lse), -LOWEST, lse)
     kernels, operands = kernels_of(implementation), (q, k, v, runs, lse, do, delta)
     written = (None, None)
@@ -248,8 +258,9 @@ def _gradients(scores, implementation, config, in_place, q, k, v, runs, orders, 
         if in_place:  # all but dq, which is summed by slot
             (dq,) = to_positions((dq,), (identity(q.shape[1]),), rows)
     else:
-        dq = kernels.backward_dq(*operands, **options, alibi=alibi, **_given(written[0]))
-        dk, dv = kernels.backward_dkv(*operands, **options, alibi=alibi, **_given(written[1]))
+        options |= {"alibi": alibi, "repeats": repeats}
+        dq = kernels.backward_dq(*operands, **options, **_given(written[0]))
+        dk, dv = kernels.backward_dkv(*operands, **options, **_given(written[1]))
     if orders is not None and written == (None, None):
         dq, dk, dv = to_positions((dq, dk, dv), (orders[0], orders[1], orders[1]), rows)
     return dq, dk, dv
@@ -268,6 +279,11 @@ def _rows_letters(in_place: bool) -> tuple[str, ...]:
 def _alibi_letters(alibi: Alibi | None) -> Alibi | None:
     """The axes of slopes and positions, as `by_batch_and_head` has them."""
     return None if alibi is None else Alibi._make(["n", "bn-", "bk-"])
+
+
+def _repeats_letters(repeats: Repeats) -> Repeats:
+    """The axes of ids, as `by_batch_and_head` has them."""
+    return Repeats(("bn-",) * len(repeats.rows), ("bk-",) * len(repeats.columns))
 
 
 def _letters(orders: Any) -> Any:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 from sparse_flash_jax.kernels import walks
 from sparse_flash_jax.kernels.alibi import Alibi, Distances, from_keys, from_queries, penalty_by_distance
 from sparse_flash_jax.kernels.config import Blocks, Config
+from sparse_flash_jax.kernels.repeats import NO_REPEATS, Repeats, repeated
 from sparse_flash_jax.kernels.tiles import LOWEST, Runs, TileRange, scores_of, sweep, tile_range
 
 
@@ -33,20 +34,23 @@ def forward(
     config: Config[Blocks],
     soft_cap: float | None = None,
     alibi: Alibi | None = None,
+    repeats: Repeats = NO_REPEATS,
 ) -> tuple[Float[Array, "B N T H"], Float32[Array, "B N T"]]:
     """Returns o in q's dtype, and lse with -inf where a row sees nothing."""
     batch, heads, length, _ = q.shape
     block = config.forward
     far, penalty = _distances(from_queries(alibi), batch, (heads, k.shape[1]), block)
+    ids, unrepeated = _earlier(repeats, batch, (heads, k.shape[1]), block)
     k, v = (_columns(x, block.columns) for x in (k, v))
 
     def tile(operands):
-        q, seen, head, far = operands
+        q, seen, head, far, ids = operands
 
         def step(j, carry, *, visible):
             top, total, o = carry
             kj, vj = (_block(x, head, j, block.columns) for x in (k, v))  # [columns, H]
             s, _ = scores_of(_dot("rh,ch->rc", q, kj), scale, soft_cap, penalty(far, head, j))
+            visible = unrepeated(visible, ids, head, j)
             s = _where(visible, s, LOWEST)
             new_top = jnp.maximum(top, jnp.max(s, axis=1))
             p = _where(visible, jnp.exp(s - new_top[:, None]), 0.0)
@@ -62,7 +66,7 @@ def forward(
 
     seen = _seen(walks.of_queries(runs), (batch, heads), block)
     key_head = _key_heads(batch, heads, k.shape[0] // batch, -(-length // block.rows))
-    o, lse = lax.map(tile, (_rows(q, block.rows), seen, key_head, far))
+    o, lse = lax.map(tile, (_rows(q, block.rows), seen, key_head, far, ids))
     return _unrows(o, batch, heads, length), _unrows(lse, batch, heads, length)
 
 
@@ -79,20 +83,23 @@ def backward_dq(
     config: Config[Blocks],
     soft_cap: float | None = None,
     alibi: Alibi | None = None,
+    repeats: Repeats = NO_REPEATS,
 ) -> Float[Array, "B N T H"]:
     """Returns dq in q's dtype; `delta` is sum(o * do) less the cotangent of lse."""
     batch, heads, length, _ = q.shape
     block = config.dq
     far, penalty = _distances(from_queries(alibi), batch, (heads, k.shape[1]), block)
+    ids, unrepeated = _earlier(repeats, batch, (heads, k.shape[1]), block)
     k, v = (_columns(x, block.columns) for x in (k, v))
 
     def tile(operands):
-        q, lse, do, delta, seen, head, far = operands
+        q, lse, do, delta, seen, head, far, ids = operands
 
         def step(j, dq, *, visible):
             kj, vj = (_block(x, head, j, block.columns) for x in (k, v))  # [columns, H]
             s, slope = scores_of(_dot("rh,ch->rc", q, kj), scale, soft_cap, penalty(far, head, j))
             p = jnp.exp(s - lse[:, None])
+            visible = unrepeated(visible, ids, head, j)
             ds = p * (_dot("rh,ch->rc", do, vj) - delta[:, None])
             ds = _where(visible, ds if slope is None else ds * slope, 0.0)
             return dq + _dot("rc,ch->rh", ds.astype(kj.dtype), kj)
@@ -103,7 +110,7 @@ def backward_dq(
     rows = (_rows(x, block.rows) for x in (q, lse, do, delta))
     seen = _seen(walks.of_queries(runs), (batch, heads), block)
     key_head = _key_heads(batch, heads, k.shape[0] // batch, -(-length // block.rows))
-    return _unrows(lax.map(tile, (*rows, seen, key_head, far)), batch, heads, length)
+    return _unrows(lax.map(tile, (*rows, seen, key_head, far, ids)), batch, heads, length)
 
 
 def backward_dkv(
@@ -119,21 +126,24 @@ def backward_dkv(
     config: Config[Blocks],
     soft_cap: float | None = None,
     alibi: Alibi | None = None,
+    repeats: Repeats = NO_REPEATS,
 ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
     """Returns dk and dv in k's dtype: the same loop over the transposed runs, summed over the heads of a group."""
     batch, key_heads, length, _ = k.shape
     heads, block = q.shape[1], config.dkv
     group = heads // key_heads
     far, penalty = _distances(from_keys(alibi), batch, (key_heads, heads), block)
+    ids, unrepeated = _earlier(repeats.transposed, batch, (key_heads, heads), block)
     q, lse, do, delta = (_columns(x, block.columns) for x in (q, lse, do, delta))
 
     def tile(operands):
-        k, v, seen, head, far = operands  # rows are keys; what they see is [group, ...]
+        k, v, seen, head, far, ids = operands  # rows are keys; what they see is [group, ...]
 
         def step(i, carry, *, member, visible):
             dk, dv = carry
             qi, lse_i, do_i, delta_i = (_block(x, head + member, i, block.columns) for x in (q, lse, do, delta))
             s, slope = scores_of(_dot("rh,ch->rc", k, qi), scale, soft_cap, penalty(far, head, i, member))
+            visible = unrepeated(visible, ids, head, i, member)
             p = _where(visible, jnp.exp(s - lse_i[None]), 0.0)
             ds = p * (_dot("rh,ch->rc", v, do_i) - delta_i[None])
             ds = _where(visible, ds if slope is None else ds * slope, 0.0)
@@ -155,7 +165,7 @@ def backward_dkv(
     )
     seen = jax.tree.map(of_group, _seen(walks.of_keys(runs), (batch, heads), block))
     first_head = jnp.repeat(jnp.arange(batch * key_heads, dtype=jnp.int32) * group, tiles)
-    dk, dv = lax.map(tile, (_rows(k, block.rows), _rows(v, block.rows), seen, first_head, far))
+    dk, dv = lax.map(tile, (_rows(k, block.rows), _rows(v, block.rows), seen, first_head, far, ids))
     return _unrows(dk, batch, key_heads, length), _unrows(dv, batch, key_heads, length)
 
 
@@ -259,6 +269,25 @@ def _distances(
         return penalty_by_distance(slopes[member], rows, _block(columns, head + member, tile, block.columns))
 
     return (slopes, rows), penalty
+
+
+def _earlier(
+    repeats: Repeats, batch: int, heads: tuple[int, int], block: Blocks
+) -> tuple[tuple[Int32[Array, "tiles rows"], ...], Callable[..., Bool[Array, "rows columns"] | None]]:
+    """Returns ids of each tile of rows, and of them `unrepeated(visible, ids, head, tile, member)`: what is left of it.
+
+    Heads are those of rows and of columns.
+    """
+    rows = tuple(_bound_rows(x, (batch, heads[0]), block.rows) for x in repeats.rows)
+    columns = [_columns(_of_each_head(x, (batch, heads[1])), block.columns) for x in repeats.columns]
+
+    def unrepeated(visible: Any, ids: Any, head: Int32[Array, ""], tile: Int32[Array, ""], member: Any = 0):
+        for of_rows, of_columns in zip(ids, columns, strict=True):
+            new = ~repeated(of_rows, _block(of_columns, head + member, tile, block.columns))
+            visible = new if visible is None else visible & new
+        return visible
+
+    return rows, unrepeated
 
 
 def _where(visible: Bool[Array, "rows columns"] | None, x: Float32[Array, "rows columns"], hidden: float):

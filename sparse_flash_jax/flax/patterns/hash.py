@@ -8,9 +8,9 @@ from sparse_flash_jax.context.division import Context
 from sparse_flash_jax.context.tokens import Tokens
 from sparse_flash_jax.documents import document_groups
 from sparse_flash_jax.flax.patterns.scores import KeepScores
-from sparse_flash_jax.hashing import hash_sides
 from sparse_flash_jax.plan import AttentionPlan
 from sparse_flash_jax.planning import make_plan
+from sparse_flash_jax.rounds import Buckets, Rounds, hash_rounds
 from sparse_flash_jax.validation import at_least
 
 
@@ -23,17 +23,20 @@ class Hash:
         exclude_self: whether a token does not see itself; the first token of a bucket then outputs 0.
         window: tokens back that a query sees, itself included; None for all.
         centred: whether to hash vectors minus their running mean, which evens buckets out: see `lsh_buckets`.
+        rounds: hashes, of which each shows what is in the same bucket, as in `hash_sparse_attention`.
     """
 
     num_buckets: int
     exclude_self: bool = False
     window: int | None = None
     centred: bool = False
+    rounds: int = 1
 
     def __post_init__(self):
         at_least("num_buckets", self.num_buckets, 2)
         if self.num_buckets % 2:
             raise ValueError(f"num_buckets must be even and at least 2, got {self.num_buckets}.")
+        at_least("rounds", self.rounds, 1)
 
     def plan(
         self,
@@ -44,8 +47,8 @@ class Hash:
         segment_ids: Int32[Array, "B T"] | None = None,
         scores: KeepScores | None = None,
         implementation: str | None = None,
-    ) -> AttentionPlan:
-        """Returns the plan for rotations drawn from `key`, one for each key head.
+    ) -> AttentionPlan | Rounds:
+        """Returns the plan for rotations drawn from `key`, one for each key head; of several rounds, those of all.
 
         Args:
             q: queries [B T N H].
@@ -59,7 +62,9 @@ class Hash:
             ValueError: if there is no key, or if documents are to be centred, whose means would go across them.
         """
         buckets = self.hash(q, k, key, documents=segment_ids is not None, implementation=implementation)
-        return self.plan_buckets(*buckets, segment_ids=segment_ids, implementation=implementation)
+        options = {"segment_ids": segment_ids, "implementation": implementation}
+        plans = tuple(self.plan_buckets(*of_round, **options) for of_round in buckets)
+        return plans[0] if self.rounds == 1 else Rounds(plans, buckets)
 
     def tokens(
         self,
@@ -76,10 +81,13 @@ class Hash:
 
         Raises:
             ValueError: if there is no key, or buckets are centred: their means would go over all devices.
+            NotImplementedError: of several rounds.
         """
+        if self.rounds > 1:
+            raise NotImplementedError(f"{self} takes whole sequences; leave out rounds for a divided one.")
         if self.centred:
             raise ValueError(f"{self} takes means over whole sequences; leave out centred for a divided one.")
-        buckets = self.hash(q, k, key, documents=segment_ids is not None, implementation=implementation)
+        (buckets,) = self.hash(q, k, key, documents=segment_ids is not None, implementation=implementation)
         documents = document_groups(segment_ids)
         query_group, key_group = ((*documents, bucket) for bucket in buckets)
         return Tokens(query_group, key_group, exclude_self=self.exclude_self, window=self.window)
@@ -92,12 +100,13 @@ class Hash:
         *,
         documents: bool,
         implementation: str | None,
-    ) -> tuple[Int32[Array, "B T N"], Int32[Array, "B S K"]]:
-        """Returns the buckets of queries and keys."""
+    ) -> tuple[Buckets, ...]:
+        """Returns the buckets of queries and keys in each round."""
         if key is None:
             raise ValueError(f"{self} draws random rotations: pass key=jax.random.key(...), a fresh one each step.")
         self.check_documents(documents)
-        return hash_sides(q, k, self.num_buckets, key, centred=self.centred, implementation=implementation)
+        options = {"centred": self.centred, "implementation": implementation}
+        return hash_rounds(q, k, self.num_buckets, key, self.rounds, **options)
 
     def check_documents(self, separate: bool) -> None:
         """Raises ValueError where documents are to be separate, and buckets centred."""

@@ -46,6 +46,7 @@ from sparse_flash_jax.kernels.mosaic.products import (
     BY_COLUMN,
     LAYOUT,
     afresh,
+    hide_repeats,
     hide_unseen,
     load_bounds,
     multiply,
@@ -55,6 +56,7 @@ from sparse_flash_jax.kernels.mosaic.products import (
 )
 from sparse_flash_jax.kernels.mosaic.program import NARROW, WARPGROUP_ROWS, Program, Shapes
 from sparse_flash_jax.kernels.padding import extend_bounds
+from sparse_flash_jax.kernels.repeats import NO_REPEATS, Repeats
 from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, scores_of, sweep
 from sparse_flash_jax.kernels.walks import Side, of_keys
 
@@ -62,6 +64,7 @@ from sparse_flash_jax.kernels.walks import Side, of_keys
 def _dkv_kernel(
     bounds,
     distances,
+    repeats,
     order,
     k,
     v,
@@ -118,6 +121,7 @@ def _dkv_kernel(
             visit, edges = look(r, member) if ahead is None else ahead
             tile_at = program.tile_at(r, bounds, member)
             penalty = penalty_of_steps(distances, program, r, tile_at, member)
+            hide_repeated = hide_repeats(repeats, program, r, tile_at, member)
             slot = lambda j: afresh(program.slot(taken + j - visit.start))
             by_column = lambda ring, j: plgpu.load(ring.at[slot(j)], layout=BY_COLUMN)
 
@@ -137,8 +141,8 @@ def _dkv_kernel(
                 lse_row = by_column(lse_ring, j) if absent is None else by_column(lse_ring, j) + absent
                 s, slope = scores_of(s, scale, soft_cap, penalty(j), unit=LOG2E)
                 first = tile_at(j) * block.columns if masked else None
-                p = jnp.exp2(hide_unseen(s - spread_columns(lse_row, tile), LOWEST, edges, first, None, masked))
-                return p, slope
+                s = hide_unseen(s - spread_columns(lse_row, tile), LOWEST, edges, first, None, masked)
+                return jnp.exp2(hide_repeated(s, LOWEST, j)), slope
 
             def gradient(p, slope, dp_ref, j, behind):
                 """ds of a step, `behind` products issued after that of dp."""
@@ -233,6 +237,7 @@ def backward_dkv(
     config: Config[HopperBlocks],
     soft_cap: float | None = None,
     alibi: Alibi | None = None,
+    repeats: Repeats = NO_REPEATS,
     order: Int32[Array, "#B #K C"] | None = None,
     in_place: bool = False,
 ) -> tuple[Float[Array, "B _K _S H"] | Float[Array, "B _C _K H"], ...]:
@@ -243,8 +248,8 @@ def backward_dkv(
     # From head dim 192 on the registers hold one of the two sums.
     launches = ("kv",) if k.shape[3] <= 128 else ("k", "v")
     operands = (q, k, v, runs, lse, do, delta)
-    options = {"scale": scale, "soft_cap": soft_cap, "alibi": alibi, "config": config}
-    options |= {"order": order, "in_place": in_place}
+    options = {"scale": scale, "soft_cap": soft_cap, "alibi": alibi, "repeats": repeats}
+    options |= {"config": config, "order": order, "in_place": in_place}
     dk, dv = (x for parts in launches for x in _dkv(parts, *operands, **options))
     return dk, dv
 
@@ -292,7 +297,24 @@ def backward(
     return jnp.where(sees, by_bounds * scale, 0.0).astype(q.dtype).reshape(dq.shape), dk, dv
 
 
-def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, soft_cap, config, alibi=None, order=None, in_place=False):
+def _dkv(
+    parts,
+    q,
+    k,
+    v,
+    runs,
+    lse,
+    do,
+    delta,
+    *,
+    scale,
+    soft_cap,
+    config,
+    alibi=None,
+    repeats=NO_REPEATS,
+    order=None,
+    in_place=False,
+):
     block, head_dim = config.dkv, padded_head_dim(k.shape[3])
     held, both = row_buffers(block), 2 if "k" in parts else 1
     q_ready, do_ready, free = ready_barriers(block, 2), ready_barriers(block, both), free_barriers(block)
@@ -331,6 +353,7 @@ def _dkv(parts, q, k, v, runs, lse, do, delta, *, scale, soft_cap, config, alibi
         scale=scale,
         soft_cap=soft_cap,
         distances=from_keys(alibi),
+        repeats=repeats.transposed,
         block=block,
         last_first="q" in parts,
         config=config,

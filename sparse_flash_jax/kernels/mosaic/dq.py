@@ -26,6 +26,7 @@ from sparse_flash_jax.kernels.mosaic.outputs import store
 from sparse_flash_jax.kernels.mosaic.pipeline import Stream, compute_and_load, compute_tiles, load_keys, pass_keys
 from sparse_flash_jax.kernels.mosaic.products import (
     afresh,
+    hide_repeats,
     hide_unseen,
     load_bounds,
     load_rows,
@@ -35,6 +36,7 @@ from sparse_flash_jax.kernels.mosaic.products import (
     spread_rows,
 )
 from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Program, Shapes
+from sparse_flash_jax.kernels.repeats import NO_REPEATS, Repeats
 from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, scores_of, sweep
 from sparse_flash_jax.kernels.walks import of_queries
 
@@ -42,6 +44,7 @@ from sparse_flash_jax.kernels.walks import of_queries
 def _dq_kernel(
     bounds,
     distances,
+    repeats,
     order,
     q,
     do,
@@ -86,6 +89,7 @@ def _dq_kernel(
     def compute(turns, r, seen, taken):
         (visit, edges, lse_row, delta_row), tile_at = seen, program.tile_at(r, bounds)
         penalty = penalty_of_steps(distances, program, r, tile_at)
+        hide_repeated = hide_repeats(repeats, program, r, tile_at)
         own = program.own(r)
         slot = lambda j: afresh(program.slot(taken + j - visit.start))
         plgpu.barrier_wait(rows_ready.at[own])
@@ -108,7 +112,7 @@ def _dq_kernel(
                     column_tile = tile_at(j)
                     first, limit = column_tile * block.columns, program.limit(bounds, column_tile)
                     s = hide_unseen(s, LOWEST, edges, first, limit, masked)
-                p = jnp.exp2(s)
+                p = jnp.exp2(hide_repeated(s, LOWEST, j))
                 dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=0)
                 plgpu.barrier_arrive(v_free.at[slot(j)])
                 ds = p * (dp - spread_rows(delta_row, tile))
@@ -150,6 +154,7 @@ def backward_dq(
     config: Config[HopperBlocks],
     soft_cap: float | None = None,
     alibi: Alibi | None = None,
+    repeats: Repeats = NO_REPEATS,
     order: Int32[Array, "#B #N C"] | None = None,
     in_place: bool = False,
 ) -> Float[Array, "B _N _T H"] | Float[Array, "B _C _N H"]:
@@ -174,6 +179,7 @@ def backward_dq(
         scale=scale,
         soft_cap=soft_cap,
         distances=from_queries(alibi),
+        repeats=repeats,
         block=block,
         last_first=True,
         config=config,

@@ -33,6 +33,7 @@ from sparse_flash_jax.kernels.mosaic.products import (
     BY_ROW,
     LAYOUT,
     afresh,
+    hide_repeats,
     hide_unseen,
     load_bounds,
     multiply,
@@ -41,6 +42,7 @@ from sparse_flash_jax.kernels.mosaic.products import (
     spread_rows,
 )
 from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Program, Shapes, after_first
+from sparse_flash_jax.kernels.repeats import NO_REPEATS, Repeats
 from sparse_flash_jax.kernels.tiles import FLOOR, LOG2E, LOWEST, Runs, sweep
 from sparse_flash_jax.kernels.walks import of_queries
 
@@ -48,6 +50,7 @@ from sparse_flash_jax.kernels.walks import of_queries
 def _kernel(
     bounds,
     distances,
+    repeats,
     order,
     q,
     k,
@@ -91,6 +94,7 @@ def _kernel(
     def compute(turns, r, seen, taken):
         (visit, edges), tile_at = seen, program.tile_at(r, bounds)
         penalty = penalty_of_steps(distances, program, r, tile_at)
+        hide_repeated = hide_repeats(repeats, program, r, tile_at)
         own = program.own(r)
         slot = lambda j: afresh(program.slot(taken + j - visit.start))
         plgpu.barrier_wait(q_ready.at[own])
@@ -106,6 +110,7 @@ def _kernel(
                 column_tile = tile_at(j)
                 first, limit = column_tile * block.columns, program.limit(bounds, column_tile)
                 s = hide_unseen(s, LOWEST / left, edges, first, limit, masked)
+            s = hide_repeated(s, LOWEST / left, j)
             new_top = jnp.maximum(top, s.max(axis=1) * left)
             p = jnp.exp2(s * left - spread_rows(new_top, tile))
             keep = jnp.exp2(top - new_top)
@@ -228,6 +233,7 @@ def forward(
     config: Config[HopperBlocks],
     soft_cap: float | None = None,
     alibi: Alibi | None = None,
+    repeats: Repeats = NO_REPEATS,
     order: Int32[Array, "#B #N C"] | None = None,
     in_place: bool = False,
 ) -> tuple[Float[Array, "B _N _T H"] | Float[Array, "B _C _N H"], Float32[Array, "B N T"]]:
@@ -263,6 +269,7 @@ def forward(
         scale=scale,
         soft_cap=soft_cap,
         distances=from_queries(alibi),
+        repeats=repeats,
         block=block,
         last_first=True,
         config=config,

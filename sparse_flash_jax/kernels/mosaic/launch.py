@@ -15,6 +15,7 @@ from sparse_flash_jax.kernels.config import HELD_TILES, HOPPER_HEAD_DIMS, Config
 from sparse_flash_jax.kernels.mosaic.pipeline import MAX_REGISTERS
 from sparse_flash_jax.kernels.mosaic.program import WARPGROUP_ROWS, Shapes
 from sparse_flash_jax.kernels.padding import pad, padded_shape
+from sparse_flash_jax.kernels.repeats import NO_REPEATS, Repeats
 from sparse_flash_jax.kernels.walks import Side, bounds_of
 from sparse_flash_jax.manual_axes import vary_alike
 
@@ -37,6 +38,7 @@ def launch(
     scale: float,
     soft_cap: float | None,
     distances: Distances | None = None,
+    repeats: Repeats = NO_REPEATS,
     block: HopperBlocks,
     last_first: bool,
     config: Config[HopperBlocks],
@@ -48,9 +50,9 @@ def launch(
     """Returns a kernel's outputs, computed tile of rows by tile of rows.
 
     Args:
-        kernel: takes refs of `Bounds`, `distances` (or None), the order (or None), `rows`, `columns`, `outputs` (the
-            last three padded) and `scratch`; in the interpreter one more, of shared memory for operands that it cannot
-            take from registers; and by keyword scale, soft_cap and shapes.
+        kernel: takes refs of `Bounds`, `distances` (or None), `repeats`, the order (or None), `rows`, `columns`,
+            `outputs` (the last three padded) and `scratch`; in the interpreter one more, of shared memory for operands
+            that it cannot take from registers; and by keyword scale, soft_cap and shapes.
         side: what each row sees of the columns.
         order: position of each row that has one; outputs with a head dim are then [B T A H], by position, for as many
             positions. None leaves them by slot.
@@ -61,6 +63,7 @@ def launch(
         scale: factor on the scores.
         soft_cap: of the scores, or None.
         distances: by which scores lose, or None.
+        repeats: pairs that are hidden.
         block: the tile.
         last_first: whether programs start from the last tile of rows.
         config: which says whether to interpret.
@@ -95,7 +98,8 @@ def launch(
     )
     if distances is not None:
         distances = distances.padded(shapes.length, shapes.column_tiles * block.columns)
-    of_sides, tree = jax.tree.flatten((bounds, distances))
+    repeats = repeats.padded(shapes.length, shapes.column_tiles * block.columns)
+    of_sides, tree = jax.tree.flatten((bounds, distances, repeats))
     by_slot, positions = list(of_sides), None
     if order is not None:
         positions = order.shape[2]

@@ -1,4 +1,4 @@
-"""Blocks of scores in a warpgroup's registers: layout, products, what hides pairs, and penalties by distance."""
+"""Blocks of scores in a warpgroup's registers: layout, products, what hides pairs, penalties by distance."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from sparse_flash_jax.kernels.alibi import Distances, penalty_by_distance
 from sparse_flash_jax.kernels.mosaic.program import NARROW
+from sparse_flash_jax.kernels.repeats import Repeats, repeated
 from sparse_flash_jax.kernels.tiles import LOG2E, Masked
 from sparse_flash_jax.kernels.walks import Bounds
 
@@ -113,6 +114,30 @@ def penalty_of_steps(
         return penalty_by_distance(slope, position, plgpu.load(of_columns, layout=BY_COLUMN, optimized=False))
 
     return penalty
+
+
+def hide_repeats(
+    repeats: Repeats, program: Any, r: Any, tile_at: Callable[[Any], Any], member: Any = 0
+) -> Callable[[Array, float, Any], Array]:
+    """Returns `hide(x, fill, j)`: a block of the r-th tile's step j, with `fill` where earlier rounds show the pair.
+
+    Args:
+        repeats: refs of them.
+        program: whose tile.
+        r: its number.
+        tile_at: which tile of columns a step is at.
+        member: query head of the group.
+    """
+    rows = [load_rows(ref.at[*program.bounds(ref, member), program.rows(r)]) for ref in repeats.rows]
+
+    def hide(x: Array, fill: float, j: Any) -> Array:
+        for of_rows, ref in zip(rows, repeats.columns, strict=True):
+            here = pl.ds(tile_at(j) * program.block.columns, program.block.columns)
+            of_columns = plgpu.load(ref.at[*program.bounds(ref, member), here], layout=BY_COLUMN, optimized=False)
+            x = jnp.where(repeated(of_rows, of_columns), fill, x)
+        return x
+
+    return hide
 
 
 def multiply(acc: Any, a: Any, b: Any, stage: Any, *, transposed: bool = False) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float32
 
 from sparse_flash_jax.kernels.alibi import Alibi, from_keys, from_queries
 from sparse_flash_jax.kernels.config import Blocks, Config
+from sparse_flash_jax.kernels.repeats import NO_REPEATS, Repeats
 from sparse_flash_jax.kernels.tiles import LOG2E, Runs, scores_of
 from sparse_flash_jax.kernels.triton import launch
 from sparse_flash_jax.kernels.triton.sight import Sight
@@ -37,8 +38,8 @@ def _dq_kernel(
         p = jnp.exp2(s - lse_row[:, None])
         ds = p * (launch.dot(do_tile, v_tile, contract=(1, 1), precision=precision) - delta_row[:, None])
         ds = ds if slope is None else ds * slope
-        if masked:
-            ds = jnp.where(sight.visible(j), ds, 0.0)
+        seen = sight.visible(j, masked)
+        ds = ds if seen is None else jnp.where(seen, ds, 0.0)
         return acc + launch.dot(ds.astype(k_tile.dtype), k_tile, contract=(1, 0), precision=precision)
 
     acc = sight.sweep(step, jnp.zeros(q_tile.shape, jnp.float32))
@@ -66,8 +67,8 @@ def _dkv_kernel(
             p = jnp.exp2(s - lse_column[None, :])
             dp = launch.dot(v_tile, do_tile, contract=(1, 1), precision=precision) - delta_column[None, :]
             ds = p * dp if slope is None else p * dp * slope
-            if masked:
-                seen = sight.visible(j)
+            seen = sight.visible(j, masked)
+            if seen is not None:
                 p, ds = jnp.where(seen, p, 0.0), jnp.where(seen, ds, 0.0)
             dv_acc += launch.dot(p.astype(do_tile.dtype), do_tile, contract=(1, 0), precision=precision)
             dk_acc += launch.dot(ds.astype(q_tile.dtype), q_tile, contract=(1, 0), precision=precision)
@@ -95,6 +96,7 @@ def backward_dq(
     config: Config[Blocks],
     soft_cap: float | None = None,
     alibi: Alibi | None = None,
+    repeats: Repeats = NO_REPEATS,
 ) -> Float[Array, "B N T H"]:
     """Returns dq in q's dtype; `delta` is sum(o * do) less the cotangent of lse."""
     (dq,) = launch.launch(
@@ -106,6 +108,7 @@ def backward_dq(
         scale=scale,
         soft_cap=soft_cap,
         distances=from_queries(alibi),
+        repeats=repeats,
         block=config.dq,
         last_first=True,
         config=config,
@@ -127,6 +130,7 @@ def backward_dkv(
     config: Config[Blocks],
     soft_cap: float | None = None,
     alibi: Alibi | None = None,
+    repeats: Repeats = NO_REPEATS,
 ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
     """Returns dk and dv in k's dtype, summed over the query heads of a group."""
     dk, dv = launch.launch(
@@ -138,6 +142,7 @@ def backward_dkv(
         scale=scale,
         soft_cap=soft_cap,
         distances=from_keys(alibi),
+        repeats=repeats.transposed,
         block=config.dkv,
         last_first=False,
         config=config,

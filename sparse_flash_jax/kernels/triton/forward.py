@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Float32
 
 from sparse_flash_jax.kernels.alibi import Alibi, from_queries
 from sparse_flash_jax.kernels.config import Blocks, Config
+from sparse_flash_jax.kernels.repeats import NO_REPEATS, Repeats
 from sparse_flash_jax.kernels.tiles import LOG2E, LOWEST, Runs, scores_of
 from sparse_flash_jax.kernels.triton import launch
 from sparse_flash_jax.kernels.triton.sight import Sight
@@ -33,7 +34,7 @@ def _kernel(order, sides, q, k, v, o, lse, *, scale, block, heads, group, tiles,
         k_tile, v_tile = k[b, head, columns, :], v[b, head, columns, :]  # [columns, H]
         products = launch.dot(q_tile, k_tile, contract=(1, 1), precision=precision)
         s, _ = scores_of(products, scale, soft_cap, sight.penalty(j), unit=LOG2E)
-        seen = sight.visible(j) if masked else None
+        seen = sight.visible(j, masked)
         s = s if seen is None else jnp.where(seen, s, LOWEST)
         new_top = jnp.maximum(top, jnp.max(s, axis=1))
         p = jnp.exp2(s - new_top[:, None])
@@ -61,6 +62,7 @@ def forward(
     config: Config[Blocks],
     soft_cap: float | None = None,
     alibi: Alibi | None = None,
+    repeats: Repeats = NO_REPEATS,
 ) -> tuple[Float[Array, "B N T H"], Float32[Array, "B N T"]]:
     """Returns o in q's dtype, and lse with -inf where a row sees nothing."""
     o, lse = launch.launch(
@@ -72,6 +74,7 @@ def forward(
         scale=scale,
         soft_cap=soft_cap,
         distances=from_queries(alibi),
+        repeats=repeats,
         block=config.forward,
         last_first=True,
         config=config,

@@ -15,6 +15,7 @@ from jaxtyping import Array, Int32
 from sparse_flash_jax.kernels.alibi import Distances
 from sparse_flash_jax.kernels.config import Blocks, Config, operand_side
 from sparse_flash_jax.kernels.padding import pad, padded_shape
+from sparse_flash_jax.kernels.repeats import Repeats
 from sparse_flash_jax.kernels.walks import Side, bounds_of
 
 _SMALLEST = 16  # side of a product's operands
@@ -30,6 +31,7 @@ def launch(
     scale: float,
     soft_cap: float | None,
     distances: Distances | None,
+    repeats: Repeats,
     block: Blocks,
     last_first: bool,
     config: Config[Blocks],
@@ -38,9 +40,9 @@ def launch(
     """Returns a kernel's outputs, computed tile of rows by tile of rows.
 
     Args:
-        kernel: takes refs, whole and in global memory, of the order of tiles, of (`Bounds`, `distances`), `rows`,
-            `columns` and `outputs`, the last three padded; by keyword scale, soft_cap, block, heads (N), group (N / K),
-            tiles, listed and precision.
+        kernel: takes refs, whole and in global memory, of the order of tiles, of (`Bounds`, `distances`,
+            `repeats`), `rows`, `columns` and `outputs`, the last three padded; by keyword scale, soft_cap, block, heads
+            (N), group (N / K), tiles, listed and precision.
         side: what each row sees of the columns.
         rows: [B N|K L H] or [B N L]: what a tile of rows holds of its own.
         columns: [B K|N M H] or [B N M]: what streams past it.
@@ -48,6 +50,7 @@ def launch(
         scale: factor on the scores.
         soft_cap: of the scores, or None.
         distances: by which scores lose, or None.
+        repeats: pairs that are hidden.
         block: the tile.
         last_first: whether later tiles, of runs of equal length, start before earlier ones: the longest of a causal
             head are the last tiles of queries, and the first of keys.
@@ -88,7 +91,8 @@ def launch(
     columns = [pad(x, block.columns, operand_side) for x in columns]
     if distances is not None:
         distances = distances.padded(rows[0].shape[2], columns[0].shape[2])
-    padded = call(order, (bounds, distances), *rows, *columns)
+    repeats = repeats.padded(rows[0].shape[2], columns[0].shape[2])
+    padded = call(order, (bounds, distances, repeats), *rows, *columns)
     return [lax.slice(x, (0,) * x.ndim, like.shape) for x, like in zip(padded, outputs, strict=True)]
 
 

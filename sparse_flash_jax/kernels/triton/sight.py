@@ -12,6 +12,7 @@ from jaxtyping import Array
 from sparse_flash_jax.kernels import walks
 from sparse_flash_jax.kernels.alibi import Distances, penalty_by_distance
 from sparse_flash_jax.kernels.config import Blocks
+from sparse_flash_jax.kernels.repeats import Repeats, repeated
 from sparse_flash_jax.kernels.tiles import LOG2E, TileRange, sweep, tile_range
 from sparse_flash_jax.kernels.walks import Bounds, Listed
 
@@ -20,7 +21,7 @@ class Sight:
     """What the rows of tile i of a head see.
 
     Args:
-        sides: refs of the side, and of distances or None.
+        sides: refs of the side, of distances or None, and of repeats.
         listed: of its blocks.
         b: batch entry.
         n: query head, one of `heads`.
@@ -32,7 +33,7 @@ class Sight:
 
     def __init__(
         self,
-        sides: tuple[Bounds, Distances | None],
+        sides: tuple[Bounds, Distances | None, Repeats],
         listed: Listed,
         b: Any,
         n: Any,
@@ -41,7 +42,7 @@ class Sight:
         rows: Any,
         block: Blocks,
     ):
-        refs, self._distances = sides
+        refs, self._distances, self._repeats = sides
         self._refs, self._listed, self._place, self._i, self._block = refs, listed, (b, n, heads), i, block
         row = self._row(refs.start)
         self._row_of_start, self._first = row, i * block.rows
@@ -52,6 +53,7 @@ class Sight:
         if self._distances is not None:
             slopes, of_rows, _ = self._distances
             self._slope, self._position = slopes[n] * LOG2E, of_rows[*self._row(of_rows), rows]  # [rows]
+        self._ids = [ref[*self._row(ref), rows] for ref in self._repeats.rows]  # [rows] each
 
     def sweep(self, step: Callable[..., Any], carry: Any) -> Any:
         """Runs `carry = step(tile, carry, masked=...)` over the tiles of columns that the rows touch."""
@@ -71,8 +73,17 @@ class Sight:
         tile_at = functools.partial(walks.tile_at, steps=lambda x: steps[x], index=index, split=self._listed.columns)
         return sweep(lambda i, carry, masked: step(tile_at(i), carry, masked=masked), TileRange(*steps[:4]), carry)
 
-    def visible(self, tile: Array) -> Array:
-        """Returns which columns of a tile each row sees: bool [rows, columns]."""
+    def visible(self, tile: Array, masked: Any) -> Array | None:
+        """Returns which columns of a tile each row sees: bool [rows, columns]; None where it sees all."""
+        seen = self._inside(tile) if masked else None
+        for of_rows, ref in zip(self._ids, self._repeats.columns, strict=True):
+            of_columns = ref[*self._row(ref), pl.ds(tile * self._block.columns, self._block.columns)]
+            new = ~repeated(of_rows, of_columns)
+            seen = new if seen is None else seen & new
+        return seen
+
+    def _inside(self, tile: Array) -> Array:
+        """Which columns of a tile are in the runs of each row."""
         columns = self._block.columns
         column = tile * columns + lax.broadcasted_iota(jnp.int32, (self._block.rows, columns), 1)
         seen = [(start[:, None] <= column) & (column < stop[:, None]) for start, stop in self._bounds]
