@@ -168,7 +168,8 @@ def hash_sparse_attention(
     """Returns attention in which queries see the keys that hash to their own bucket: hash, plan, attend.
 
     One hash parts some that are alike. In several rounds each has a hash of its own, and a query sees the keys that are
-    in its bucket in any of them, all in one softmax, each once. A round costs what one alone does, in time and memory.
+    in its bucket in any of them, all in one softmax, each once. Each round attends, and keeps for the backward pass, as
+    much as one hash alone, and compares its pairs with all earlier rounds.
 
     Args:
         q: float [B T N H].
