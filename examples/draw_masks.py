@@ -98,7 +98,9 @@ def patterns(length: int, seed: int, block: int) -> Iterator[tuple[str, sfj.Atte
     draw = jax.random.split(keys[0], 3)
     mask = jax.random.bernoulli(draw[0], 0.4, (1, 1, count, count))
     q, k = (jax.random.normal(each, (1, length, 1, 8)) for each in draw[1:])
-    yield "block_sparse", sfj.block_sparse(mask, size, query_length=length, key_length=length), one
+    blocks = sfj.block_sparse(mask, size, query_length=length, key_length=length)
+    yield "block_sparse", blocks, one
+    yield "intersection of blocks and a window", sfj.intersect(blocks, sfj.causal(length, window=3 * window)), one
     yield "block_top_k", sfj.block_top_k(q, k, size, 3), one
 
 

@@ -34,6 +34,7 @@ def test_every_pattern_is_drawn(pictures):
         "prefix_lm",
         "union of a window, and what is far",
         "block_sparse",
+        "intersection of blocks and a window",
         "block_top_k",
     ]
 
