@@ -12,6 +12,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Float32
 
+from sparse_flash_jax.kernels.padding import pad_slots
+
 
 class Alibi(NamedTuple):
     """Scores lose `slope * |i - j|`. Batch and head axes of positions may be 1, to stand for any size."""
@@ -35,8 +37,7 @@ class Distances(NamedTuple):
 
     def padded(self, rows: int, columns: int) -> "Distances":
         """Returns those of so many rows and columns; the position of what is past the last is 0."""
-        pad = lambda x, length: jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])))
-        return Distances(self.slopes, pad(self.rows, rows), pad(self.columns, columns))
+        return Distances(self.slopes, pad_slots(self.rows, rows), pad_slots(self.columns, columns))
 
 
 def from_queries(alibi: Alibi | None) -> Distances | None:

@@ -241,7 +241,7 @@ def mosaic_config_beyond_runs(
         blocks: rows and columns of a listed block, or None.
     """
     if head_dim > 64:
-        return dataclasses.replace(mosaic_config(head_dim, long_runs=long_runs), fused=False)
+        return mosaic_config(head_dim, long_runs=long_runs)
     if blocks is not None and any(size % 128 for size in blocks):
         return Config(
             forward=HopperBlocks(warpgroups=3, columns=64, num_stages=4, overlap=True),

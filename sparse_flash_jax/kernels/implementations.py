@@ -157,9 +157,11 @@ def default_config(implementation: str, *, dtype: Any, head_dim: int, runs: Runs
     else:
         config = tuned_config(implementation, dtype, head_dim, long_runs=long_runs)
     if config is None and implementation == "mosaic":
-        sizes = None if runs.blocks is None else (runs.blocks.sizes.queries, runs.blocks.sizes.keys)
-        plain, beyond = mosaic_config, functools.partial(mosaic_config_beyond_runs, blocks=sizes)
-        config = (plain if runs.plain else beyond)(head_dim, long_runs=long_runs)
+        if runs.plain:
+            config = mosaic_config(head_dim, long_runs=long_runs)
+        else:
+            sizes = None if runs.blocks is None else (runs.blocks.sizes.queries, runs.blocks.sizes.keys)
+            config = mosaic_config_beyond_runs(head_dim, long_runs=long_runs, blocks=sizes)
     elif config is None:
         config = triton_config(dtype, head_dim, long_runs=long_runs, capability=_compute_capability())
     return within_runs(config if runs.plain else dataclasses.replace(config, fused=False), runs, head_dim)

@@ -18,6 +18,11 @@ def pad(x: Array, side: int, head_dim: Callable[[int], int]) -> Array:
     return jnp.pad(x, widths) if any(high for _, high in widths) else x
 
 
+def pad_slots(x: Array, length: int) -> Array:
+    """Returns what slots hold, [b a L], for so many of them: 0 past the last."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])))
+
+
 def extend_bounds(
     start: Int32[Array, "b a L"], stop: Int32[Array, "b a L"], length: int
 ) -> tuple[Int32[Array, "b a M"], Int32[Array, "b a M"]]:

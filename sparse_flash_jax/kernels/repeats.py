@@ -6,9 +6,10 @@ integers by slot, compared pair by pair in each tile that is visited, as a run c
 
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int32
+
+from sparse_flash_jax.kernels.padding import pad_slots
 
 
 class Repeats(NamedTuple):
@@ -30,8 +31,7 @@ class Repeats(NamedTuple):
 
     def padded(self, rows: int, columns: int) -> "Repeats":
         """Returns those of so many rows and columns."""
-        pad = lambda x, length: jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])))
-        return Repeats(tuple(pad(x, rows) for x in self.rows), tuple(pad(x, columns) for x in self.columns))
+        return Repeats(tuple(pad_slots(x, rows) for x in self.rows), tuple(pad_slots(x, columns) for x in self.columns))
 
 
 NO_REPEATS = Repeats()

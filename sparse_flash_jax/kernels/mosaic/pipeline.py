@@ -37,22 +37,22 @@ class Feed(NamedTuple):
 
 def load_columns(program: Program, bounds: Bounds, feeds: Sequence[Feed]) -> None:
     """Loads all columns that the program's tiles visit, in their order, as buffers come free."""
-    stages, walks = jnp.int32(program.block.num_stages), range(program.block.walks)
+    stages, walks = jnp.int32(program.block.num_stages), [program.on_walk(x) for x in range(program.block.walks)]
 
     def of_member(r: Any, member: Any, taken: tuple[Any, ...]) -> Any:
-        visited = [program.columns(r, bounds, member, walk) for walk in walks]
-        tile_at = [program.tile_at(r, bounds, member, walk) for walk in walks]
+        visited = [walk.columns(r, bounds, member) for walk in walks]
+        tile_at = [walk.tile_at(r, bounds, member) for walk in walks]
         steps = [x.stop - x.start for x in visited]
 
-        def load(walk: int, step: Any) -> None:
-            n = taken[walk] + step
+        def load(i: int, step: Any) -> None:
+            n = taken[i] + step
             for feed in feeds:
 
                 @pl.when(n >= stages)
                 def _(feed=feed):
-                    plgpu.barrier_wait(feed.free.at[program.slot(n, walk)])
+                    plgpu.barrier_wait(feed.free.at[walks[i].slot(n)])
 
-                feed.load(member, tile_at[walk](visited[walk].start + step), program.slot(n, walk))
+                feed.load(member, tile_at[i](visited[i].start + step), walks[i].slot(n))
 
         if len(walks) == 1:
             pl.loop(0, steps[0])(functools.partial(load, 0))
@@ -60,8 +60,8 @@ def load_columns(program: Program, bounds: Bounds, feeds: Sequence[Feed]) -> Non
 
             @pl.loop(0, functools.reduce(lax.max, steps))
             def _(step):
-                for walk in walks:
-                    pl.when(step < steps[walk])(functools.partial(load, walk, step))
+                for i in range(len(walks)):
+                    pl.when(step < steps[i])(functools.partial(load, i, step))
 
         return tuple(map(operator.add, taken, steps))
 
@@ -71,12 +71,12 @@ def load_columns(program: Program, bounds: Bounds, feeds: Sequence[Feed]) -> Non
     taken = program.over_tiles(of_tile, (0,) * len(walks))
 
     # Barriers must be as often waited for as completed.
-    for walk in walks:
+    for walk, steps in zip(walks, taken, strict=True):
 
-        @pl.loop(lax.max(jnp.int32(0), taken[walk] - stages), taken[walk])
+        @pl.loop(lax.max(jnp.int32(0), steps - stages), steps)
         def _(n, walk=walk):
             for feed in feeds:
-                plgpu.barrier_wait(feed.free.at[program.slot(n, walk)])
+                plgpu.barrier_wait(feed.free.at[walk.slot(n)])
 
 
 class Stream(NamedTuple):

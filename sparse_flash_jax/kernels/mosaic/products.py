@@ -108,12 +108,7 @@ def penalty_of_steps(
     slope = slopes[program.head * program.shapes.members + member] * LOG2E
     position = load_rows(rows.at[*program.bounds(rows, member), program.rows(r)])
 
-    def penalty(j: Any) -> Array:
-        here = pl.ds(tile_at(j) * program.block.columns, program.block.columns)
-        of_columns = columns.at[*program.bounds(columns, member), here]
-        return penalty_by_distance(slope, position, plgpu.load(of_columns, layout=BY_COLUMN, optimized=False))
-
-    return penalty
+    return lambda j: penalty_by_distance(slope, position, _load_columns(columns, program, tile_at(j), member))
 
 
 def hide_repeats(
@@ -132,12 +127,16 @@ def hide_repeats(
 
     def hide(x: Array, fill: float, j: Any) -> Array:
         for of_rows, ref in zip(rows, repeats.columns, strict=True):
-            here = pl.ds(tile_at(j) * program.block.columns, program.block.columns)
-            of_columns = plgpu.load(ref.at[*program.bounds(ref, member), here], layout=BY_COLUMN, optimized=False)
-            x = jnp.where(repeated(of_rows, of_columns), fill, x)
+            x = jnp.where(repeated(of_rows, _load_columns(ref, program, tile_at(j), member)), fill, x)
         return x
 
     return hide
+
+
+def _load_columns(ref: Any, program: Any, tile: Any, member: Any) -> Array:
+    """[columns] of a tile, from an array [B|1 A L] in global memory, each thread with the value of its columns."""
+    here = pl.ds(tile * program.block.columns, program.block.columns)
+    return plgpu.load(ref.at[*program.bounds(ref, member), here], layout=BY_COLUMN, optimized=False)
 
 
 def multiply(acc: Any, a: Any, b: Any, stage: Any, *, transposed: bool = False) -> None:

@@ -1,5 +1,6 @@
 """What a Hopper program computes: tiles of 64 rows for each computing warpgroup, and the columns that they visit."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -76,9 +77,15 @@ class Program:
         n = self.head * shapes.members + member
         return (self.batch if ref.shape[0] > 1 else 0, lax.div(n, jnp.int32(shapes.heads // ref.shape[1])))
 
-    def columns(self, r: Any, bounds: Bounds, member: Any = 0, walk: Any = None) -> TileRange:
-        """Returns the tiles of columns that the program's r-th tile visits, at least one; or the steps of a walk."""
-        return self.columns_of(self._walked(r, walk), bounds, member)
+    def on_walk(self, walk: int) -> "Program":
+        """Returns the program as the warpgroups of a walk see its columns."""
+        program = copy.copy(self)
+        program.walk = walk
+        return program
+
+    def columns(self, r: Any, bounds: Bounds, member: Any = 0) -> TileRange:
+        """Returns the tiles of columns that the program's r-th tile visits, at least one; or the steps of its walk."""
+        return self.columns_of(self._walked(r), bounds, member)
 
     def columns_of(self, tile: Any, bounds: Bounds, member: Any) -> TileRange:
         """Returns the same for a tile of rows by its number."""
@@ -93,11 +100,11 @@ class Program:
         last = lax.min(first + self.block.rows, jnp.int32(self.shapes.length)) - 1
         return self._seen(first, last, bounds.start, bounds.stop, member)
 
-    def tile_at(self, r: Any, bounds: Bounds, member: Any = 0, walk: Any = None) -> Callable[[Any], Any]:
-        """Returns which tile of columns the program's r-th tile of rows is at in a step of a walk."""
+    def tile_at(self, r: Any, bounds: Bounds, member: Any = 0) -> Callable[[Any], Any]:
+        """Returns which tile of columns the program's r-th tile of rows is at in a step of its walk."""
         if bounds.steps is None:
             return lambda step: step
-        row, index, tile = self.bounds(bounds.steps, member), None, self._walked(r, walk)
+        row, index, tile = self.bounds(bounds.steps, member), None, self._walked(r)
         if bounds.lists is not None:
             of_index, block = self.bounds(bounds.lists, member), self.shapes.listed.row(tile, bounds.lists)
             index = lambda x: bounds.lists[*of_index, block, x]
@@ -142,23 +149,23 @@ class Program:
             return visit(0, carry)
         return lax.fori_loop(0, self.count, visit, jax.tree.map(jnp.int32, carry))
 
-    def slot(self, n: Any, walk: Any = None) -> Any:
-        """Returns the buffer of a walk's ring that holds the columns of its n-th step."""
+    def slot(self, n: Any) -> Any:
+        """Returns the buffer of the walk's ring that holds the columns of its n-th step."""
         slot = lax.rem(n, jnp.int32(self.block.num_stages))
-        return slot if self.block.walks == 1 else slot + (self.walk if walk is None else walk) * self.block.num_stages
+        return slot if self.block.walks == 1 else slot + self.walk * self.block.num_stages
 
     def tile(self, r: Any) -> Any:
         """Returns the number of the program's r-th tile of rows."""
         tile = self._first + r
         return self.row_tiles - 1 - tile if self.shapes.last_first else tile
 
-    def _walked(self, r: Any, walk: Any) -> Any:
-        """The number of the tile of rows that a walk of the r-th tile is of: this warpgroup's walk if None."""
+    def _walked(self, r: Any) -> Any:
+        """The number of the tile of rows that the walk of the r-th tile is of."""
         walks = self.block.walks
         if walks == 1:
             return self.tile(r)
         last = pl.cdiv(self.shapes.length * walks, self.block.rows) - 1
-        return lax.min(self.tile(r) * walks + (self.walk if walk is None else walk), jnp.int32(last))
+        return lax.min(self.tile(r) * walks + self.walk, jnp.int32(last))
 
     def _row(self, r: Any) -> Any:
         return self.tile(r) * self.block.rows + self.warpgroup * WARPGROUP_ROWS
