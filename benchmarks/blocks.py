@@ -18,7 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from block_cases import BlockCase
-from environment import environment, save, written
+from environment import environment, written
 from flex_process import FlexProcess, has_torch
 from passes import Call, dense_calls, forward_tiles, planned_step, tensors
 from selection import QUICK_LENGTH, Case, Shape, causal
@@ -56,7 +56,7 @@ def main() -> None:
     samples = 1 if args.quick else args.samples
     path = args.out or (None if args.quick else RESULTS / f"blocks-{platform}.json")
     result: dict[str, Any] = {"environment": environment(), "flex_attention": _why_no_flex(args, platform), "cases": []}
-    with written(result, path), contextlib.closing(FlexProcess()) as flex:
+    with written(result, path) as keep, contextlib.closing(FlexProcess()) as flex:
         print(HEADER)
         for case, dense in _with_dense(_cases(args, platform), "xla" if platform == "cpu" else "cudnn", samples):
             record = _record(case, dense, args.implementation, samples)
@@ -65,8 +65,7 @@ def main() -> None:
                 result["environment"] |= flex.versions
             result["cases"].append(record)
             print(_row(record), flush=True)
-            if path is not None:
-                save(result, path)
+            keep()
 
 
 def _arguments() -> argparse.Namespace:

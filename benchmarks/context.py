@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from context_work import work
-from environment import environment, save, written
+from environment import environment, written
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from passes import memory_bytes
 from selection import QUICK_LENGTH
@@ -66,7 +66,7 @@ def main() -> None:
     result: dict[str, Any] = {"environment": environment()}
     name = "context-work" if args.count else f"context-{platform}"
     path = args.out or (None if args.quick else RESULTS / f"{name}.json")
-    with written(result, path):
+    with written(result, path) as keep:
         if args.count:
             length = QUICK_LENGTH if args.quick else COUNTED_LENGTH
             result["work"] = work(length, args.buckets, COUNTED_DEVICES)
@@ -78,8 +78,7 @@ def main() -> None:
         for length in (QUICK_LENGTH,) if args.quick else args.lengths or LENGTHS[platform]:
             for buckets in args.buckets:
                 _measure_case(Case(length, heads, head_dim, dtype, buckets), mesh, args, result["cases"])
-                if path is not None:
-                    save(result, path)
+                keep()
 
 
 def _arguments() -> argparse.Namespace:

@@ -10,7 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,14 @@ def environment() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def written(result: dict[str, Any], path: Path | None) -> Iterator[None]:
-    """Writes a result when the block ends, however it ends: an interrupted run keeps what it has measured."""
+def written(result: dict[str, Any], path: Path | None) -> Iterator[Callable[[], None]]:
+    """Writes a result when the block ends, however it ends: an interrupted run keeps what it has measured.
+
+    Gives what writes it meanwhile, for runs that can be killed.
+    """
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
     try:
-        yield
+        yield lambda: None if path is None else _save(result, path)
     finally:
         signal.signal(signal.SIGTERM, before)
         if path is not None:
@@ -50,11 +53,11 @@ def written(result: dict[str, Any], path: Path | None) -> Iterator[None]:
 
 def write(result: dict[str, Any], path: Path) -> None:
     """Writes a result as JSON, and says so."""
-    save(result, path)
+    _save(result, path)
     print(f"\nwritten to {path}")
 
 
-def save(result: dict[str, Any], path: Path) -> None:
+def _save(result: dict[str, Any], path: Path) -> None:
     """Writes a result as JSON, of which the path has a whole one at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")

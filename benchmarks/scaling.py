@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from environment import environment, save, written
+from environment import environment, written
 from passes import memory_bytes
 from selection import QUICK_LENGTH
 from train_step import time_steps
@@ -40,7 +40,7 @@ def main() -> None:
     variant = Variant(args.attention, BUCKETS if args.attention in HASHED else None)
     result: dict[str, Any] = {"environment": environment(), "steps": []}
     path = args.out or (None if args.quick else RESULTS / f"scaling-{jax.default_backend()}.json")
-    with written(result, path):
+    with written(result, path) as keep:
         print(f"{variant}, {length} tokens a sequence, {tokens} a device")
         print(f"{'mesh':<28}{'parallel':>9}{'ms':>9}{'tokens/s':>11}{'efficiency':>12}{'GiB':>7}")
         alone = None
@@ -56,8 +56,7 @@ def main() -> None:
                 record["failed"] = str(error).splitlines()[0][:200]
             result["steps"].append(record)
             print(_row(record), flush=True)
-            if path is not None:
-                save(result, path)
+            keep()
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,5 +1,6 @@
 """The tables of the README and of docs/ out of measured results: whole calls, training steps, break-even."""
 
+import functools
 import json
 import math
 import re
@@ -45,6 +46,7 @@ def load(name: str) -> tuple[dict[str, Any], Records]:
     return result["environment"], records
 
 
+@functools.cache
 def tables() -> dict[str, str]:
     """Returns each table by the name in its markers."""
     measured = json.loads(PACKAGE.read_text())
