@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+import sparse_flash_jax as sfj
+from sparse_flash_jax.kernels.config import Config
 from sparse_flash_jax.reference import reference_attention
 from tests.cases import Inputs
 
@@ -26,6 +28,13 @@ def with_gradients(attention, inputs: Inputs) -> Results:
     """Runs `attention(q, k, v) -> (o, lse)` forward, and backward from the cotangents of both."""
     (o, lse), vjp = jax.vjp(attention, inputs.q, inputs.k, inputs.v)
     return Results(o, lse, *vjp((inputs.do.astype(o.dtype), inputs.dlse)))
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "config"))
+def attend(inputs: Inputs, plan: sfj.AttentionPlan, implementation: str | None = None, config: Config | None = None):
+    """Runs `sparse_attention` under a plan so."""
+    options = {"implementation": implementation, "config": config, "return_residual": True}
+    return with_gradients(lambda q, k, v: sfj.sparse_attention(q, k, v, plan, **options), inputs)
 
 
 def truth(inputs: Inputs, mask: Array, scale: float | None = None) -> Results:

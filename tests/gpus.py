@@ -6,7 +6,10 @@ from types import SimpleNamespace
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+import sparse_flash_jax as sfj
+from sparse_flash_jax.kernels import mosaic, triton
 from sparse_flash_jax.kernels.alibi import Alibi
+from sparse_flash_jax.kernels.config import mosaic_config, triton_config
 from sparse_flash_jax.kernels.repeats import Repeats
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -70,34 +73,42 @@ def passes(kernels, dtype, head_dim, runs, length=300, *, fused=False):
 def passes_with_slopes(kernels, dtype, head_dim, runs, length=300):
     """The same where scores fall with distance; the last operand has the slopes and positions."""
     alibi = Alibi._make(jax.ShapeDtypeStruct(x, "float32") for x in ((4,), (1, 4, length), (1, 2, length)))
-    for kernel, operands in passes(kernels, dtype, head_dim, runs, length):
-
-        @functools.wraps(kernel)
-        def sloped(*operands, kernel=kernel, **options):
-            return kernel(*operands[:-1], alibi=operands[-1], **options)
-
-        yield sloped, (*operands, alibi)
+    return _passes_given("alibi", alibi, passes(kernels, dtype, head_dim, runs, length))
 
 
 def passes_of_a_round(kernels, dtype, head_dim, runs, length=300):
     """The same where pairs that two earlier rounds show are hidden; the last operand has their ids."""
     of_queries, of_keys = (jax.ShapeDtypeStruct((1, heads, length), "int32") for heads in (4, 2))
-    for kernel, operands in passes(kernels, dtype, head_dim, runs, length):
-
-        @functools.wraps(kernel)
-        def later(*operands, kernel=kernel, **options):
-            return kernel(*operands[:-1], repeats=operands[-1], **options)
-
-        yield later, (*operands, Repeats((of_queries,) * 2, (of_keys,) * 2))
+    return _passes_given(
+        "repeats", Repeats((of_queries,) * 2, (of_keys,) * 2), passes(kernels, dtype, head_dim, runs, length)
+    )
 
 
 def passes_by_position(kernels, dtype, head_dim, runs, length=300):
     """The same of an implementation that writes outputs by position; the last operand is the order."""
     order = jax.ShapeDtypeStruct((1, 1, length), "int32")
-    for kernel, operands in passes(kernels, dtype, head_dim, runs, length):
+    return _passes_given("order", order, passes(kernels, dtype, head_dim, runs, length))
+
+
+def _passes_given(name, value, of_passes):
+    """These passes with one more operand, the last: an argument of this name."""
+    for kernel, operands in of_passes:
 
         @functools.wraps(kernel)
-        def ordered(*operands, kernel=kernel, **options):
-            return kernel(*operands[:-1], order=operands[-1], **options)
+        def given(*operands, kernel=kernel, **options):
+            return kernel(*operands[:-1], **{name: operands[-1]}, **options)
 
-        yield ordered, (*operands, order)
+        yield given, (*operands, value)
+
+
+def assert_passes_lower(of_passes, head_dim, *, long_runs=False, **options):
+    """Asserts that the kernels of both GPU implementations lower, of causal runs: `passes`, or those given more."""
+    runs = jax.eval_shape(lambda: sfj.causal(300)).runs
+    with on(H100):
+        for kernels, config in (
+            (mosaic, mosaic_config(head_dim, long_runs=long_runs)),
+            (triton, triton_config("bfloat16", head_dim, long_runs=long_runs, capability=9.0)),
+        ):
+            for kernel, operands in of_passes(kernels, "bfloat16", head_dim, runs):
+                text = lowered(functools.partial(kernel, scale=0.1, config=config, **options), *operands)
+                assert "mosaic_gpu" in text or "triton" in text

@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 
 import sparse_flash_jax as sfj
-from sparse_flash_jax.kernels import mosaic, triton
 from sparse_flash_jax.kernels.alibi import penalty_by_distance
-from sparse_flash_jax.kernels.config import mosaic_config, triton_config
 from tests import definition, patterns_beyond_runs, test_patterns_beyond_runs
 from tests.budget import ROUNDING, Results, assert_within_budget, with_gradients
 from tests.cases import BY_NAME, Case, Pattern, Shape, buckets, kept
-from tests.gpus import H100, lowered, on, passes_with_slopes
+from tests.gpus import assert_passes_lower, passes_with_slopes
 from tests.test_attention import HASH
 from tests.test_logits import INTERPRETED, SMALL
 
@@ -120,15 +118,7 @@ def test_beyond_runs_compiled(name):
 
 @pytest.mark.parametrize(("head_dim", "long_runs"), [(64, True), (128, False), (192, True), (256, False)])
 def test_slopes_lower_for_cuda(head_dim, long_runs):
-    runs = jax.eval_shape(lambda: sfj.causal(300)).runs
-    with on(H100):
-        for kernels, config in (
-            (mosaic, mosaic_config(head_dim, long_runs=long_runs)),
-            (triton, triton_config("bfloat16", head_dim, long_runs=long_runs, capability=9.0)),
-        ):
-            for kernel, operands in passes_with_slopes(kernels, "bfloat16", head_dim, runs):
-                text = lowered(functools.partial(kernel, scale=0.1, config=config), *operands)
-                assert "mosaic_gpu" in text or "triton" in text
+    assert_passes_lower(passes_with_slopes, head_dim, long_runs=long_runs)
 
 
 def test_slopes_of_zero_change_nothing():

@@ -18,7 +18,7 @@ from sparse_flash_jax.kernels.config import (
     within_blocks,
 )
 from sparse_flash_jax.kernels.implementations import reads_in_place
-from tests.budget import assert_within_budget, judges, with_gradients
+from tests.budget import assert_within_budget, attend, judges
 from tests.cases import Inputs
 from tests.gpus import H100, lowered, mesh_of, on, passes, put_device
 from tests.jaxprs import calls
@@ -52,12 +52,6 @@ def blocks(length, block, heads=2):
     count = length // block
     listed = np.random.default_rng(1).random((1, heads, count, count)) < 0.5
     return sfj.block_sparse(jnp.asarray(listed | np.eye(count, dtype=bool)), block)
-
-
-@functools.partial(jax.jit, static_argnames=("implementation", "config"))
-def attend(inputs, plan, implementation=None, config=None):
-    options = {"implementation": implementation, "config": config, "return_residual": True}
-    return with_gradients(lambda q, k, v: sfj.sparse_attention(q, k, v, plan, **options), inputs)
 
 
 @pytest.mark.parametrize("kernels", CONFIGS)

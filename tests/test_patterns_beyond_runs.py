@@ -22,7 +22,7 @@ from sparse_flash_jax.kernels.config import (
     triton_config,
     within_blocks,
 )
-from tests.budget import assert_within_budget, judges, with_gradients
+from tests.budget import assert_within_budget, attend, judges
 from tests.gpus import H100, lowered, on, passes
 from tests.patterns_beyond_runs import BATCH, CASES, HEADS, KEY_KEEP, LENGTH, SEGMENTS, inputs
 
@@ -41,12 +41,6 @@ INTERPRETED = {
 @functools.cache
 def plan_of(name):
     return CASES[name].plan()
-
-
-@functools.partial(jax.jit, static_argnames=("implementation", "config"))
-def attend(inputs, plan, implementation=None, config=None):
-    options = {"implementation": implementation, "config": config, "return_residual": True}
-    return with_gradients(lambda q, k, v: sfj.sparse_attention(q, k, v, plan, **options), inputs)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 
 import sparse_flash_jax as sfj
-from sparse_flash_jax.kernels import mosaic, triton
-from sparse_flash_jax.kernels.config import mosaic_config, triton_config
 from sparse_flash_jax.kernels.interval import permuted_attention
 from sparse_flash_jax.kernels.repeats import Repeats
 from sparse_flash_jax.permute import restore_lse
 from sparse_flash_jax.rounds import Rounds, attend_in_rounds, hash_rounds
 from tests.budget import assert_within_budget, judges, with_gradients
 from tests.cases import BASE, Case, Pattern, Shape
-from tests.gpus import H100, lowered, on, passes_of_a_round
+from tests.gpus import assert_passes_lower, passes_of_a_round
 from tests.jaxprs import largest_array
 from tests.test_logits import INTERPRETED
 
@@ -112,15 +110,7 @@ def test_compiled(pattern, rounds, head_dim, dtype):
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_rounds_lower_for_cuda(head_dim):
-    runs = jax.eval_shape(lambda: sfj.causal(300)).runs
-    with on(H100):
-        for kernels, config in (
-            (mosaic, mosaic_config(head_dim, long_runs=False)),
-            (triton, triton_config("bfloat16", head_dim, long_runs=False, capability=9.0)),
-        ):
-            for kernel, operands in passes_of_a_round(kernels, "bfloat16", head_dim, runs):
-                text = lowered(functools.partial(kernel, scale=0.1, config=config), *operands)
-                assert "mosaic_gpu" in text or "triton" in text
+    assert_passes_lower(passes_of_a_round, head_dim)
 
 
 def test_the_same_hash_in_all_rounds_is_one():
