@@ -40,7 +40,7 @@ from training.step import (
     structure_of,
 )
 from training.stopping import StopRequest
-from training.throughput import Throughput
+from training.throughput import Throughput, peak_bytes
 from training.tokens import Tokenizer, load_tokenizer
 
 
@@ -145,6 +145,7 @@ def train(config: TrainConfig, stop: JointStop, console: Console) -> None:
             layout,
             ema=ema,
             packed=packed,
+            fixed_draws=config.model.fixed_draws,
         ),
         evaluation_step=make_evaluation_step(
             structure_of(layout.evaluation_model(model_config)), config.seed, end_token, packed=packed
@@ -290,7 +291,8 @@ def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
                 run.folder.sample.write_text(text.prompt + text.continuation, "utf-8")
             say(f"\n--- held-out text ---\n{text.prompt}\n--- its sampled continuation ---\n{text.continuation}\n---")
             run.metrics.write("sample", done, **text._asdict())
-        run.metrics.write("end", done, reason=reason, tokens_per_second=tokens_per_second)
+        speed = {"tokens_per_second": tokens_per_second, "peak_bytes": peak_bytes()}
+        run.metrics.write("end", done, reason=reason, **speed)
         say(f"\ntraining loss {recent_mean(run.folder.metrics, 'loss'):.3f} nats a token (mean of the last records)")
         others = [(f"held-out at {length:,} tokens:", result) for length, result in lengths.items()]
         for name, result in (("held-out", quality), *others, ("unigram ", baseline)):

@@ -91,6 +91,8 @@ class ModelConfig:
     """hash: hashes, of which each shows what is in the same bucket, at the cost of one more call of attention. In the
     metrics `visible` is the sum over rounds. With several there is no sample, no auto, and no --mesh that divides
     sequences."""
+    fixed_draws: bool = False
+    """hash, qk: the same rotations and drops at every step, those of evaluation, in place of fresh ones."""
     shared_qk: bool = True
     """Project q and v only; a key is its query, normalised per head. In all layers, so that kinds compare fairly."""
     shared_scale: float | None = None

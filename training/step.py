@@ -131,6 +131,7 @@ def make_train_step(
     *,
     ema: float | None = None,
     packed: bool = False,
+    fixed_draws: bool = False,
 ) -> Callable[[TrainState, Tokens], tuple[TrainState, StepMetrics]]:
     """Makes the training step, which consumes its state.
 
@@ -142,6 +143,7 @@ def make_train_step(
         layout: of the devices; the structure is that of its `training_model`.
         ema: decay of the average of the parameters, for states that keep one.
         packed: batches are rows of `PackedRows`, which say themselves what belongs together and what counts.
+        fixed_draws: whether hashes and drops are those of evaluation, the same in every step.
 
     Returns:
         A function of state and tokens [accumulation, size, length + 1], as the layout places them, that gives the next
@@ -164,7 +166,8 @@ def make_train_step(
 
         def add(total, micro_batch):
             number, tokens = micro_batch
-            (value, layers), grads = gradient(state.params, tokens, jax.random.fold_in(key, number), count)
+            draws = _key(seed, _EVALUATION) if fixed_draws else jax.random.fold_in(key, number)
+            (value, layers), grads = gradient(state.params, tokens, draws, count)
             return jax.tree.map(jnp.add, total, (value, _float32(grads))), layers
 
         zeros = jnp.zeros((), jnp.float32), optax.tree.zeros_like(state.params, dtype=jnp.float32)

@@ -1,6 +1,13 @@
-"""Tokens a second, of training alone: compiling, evaluating and saving do not count."""
+"""Tokens a second, of training alone: compiling, evaluating, saving do not count; and the most memory it took."""
 
 import time
+
+import jax
+
+
+def peak_bytes() -> int | None:
+    """Most memory that was in use at once on this process's first device; None where the device does not tell."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 class Throughput:
