@@ -39,11 +39,11 @@ KINDS: dict[str, tuple[str, ...]] = {
     "qk30": (*QK, "0.3"),
     "qk50": (*QK, "0.5"),
     "qk70": (*QK, "0.7"),
+    "window-own-keys": ("--model.attention", "window", "--model.window", "1024", "--model.sinks", "4", *OWN_KEYS),
     "local-hash16": (*_layers("local", "hash"), *LOCAL),
     "local-hash16-own-keys": (*_layers("local", "hash"), *LOCAL, *OWN_KEYS),
-    "hash16-dense": (*_layers("hash", "hash", "hash", "dense"), "--model.dense-backend", "cudnn"),
-    "local-dense": (*_layers("local", "local", "local", "dense"), *LOCAL),
-    "window": ("--model.attention", "window", "--model.window", "1024", "--model.sinks", "4"),
+    "local-dense-own-keys": (*_layers("local", "local", "local", "dense"), *LOCAL, *OWN_KEYS),
+    "hash16-dense-own-keys": (*_layers("hash", "hash", "hash", "dense"), *LOCAL, *OWN_KEYS),
 }
 """What the layers see, by name."""
 
