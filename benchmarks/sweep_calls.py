@@ -14,7 +14,6 @@ from passes import dense_attention, memory_bytes, whole, with_gradients
 from sweep_cases import SweepCase
 from timing import measure
 
-PARTS = ("forward", "backward", "forward_backward")
 SECONDS = 0.6  # that the samples of one part may take: of calls over a tenth of a second there are fewer
 
 Arrays = dict[str, Any]

@@ -19,6 +19,7 @@ QK = tuple(f"qk{percent}" for percent in DROPPED)
 # A mask that is given costs the same whatever it shows; one of each method is to show that.
 MASKED = ("hash16", "qk50")
 FLEX, FLEX_HEADS, FLEX_LENGTHS = ("hash16", "hash64", "qk50"), (12,), (1024, 4096, 16_384, 32_768)
+PARTS = ("forward", "backward", "forward_backward")
 METHODS = ("dense", "sparse", "naive", "naive_cudnn", "flex")
 # Bytes for a pair of a query and a key at the peak of forward + backward: the mask; then float32 scores, their softmax
 # and its gradient, or the mask as a bfloat16 bias and, of JAX versions that make one, the bias's gradient.

@@ -14,14 +14,16 @@ Rows = dict[tuple[str, str, int, int], dict[str, float]]
 """Milliseconds of each part, by method, pattern, heads and length."""
 
 
-def measured_before(path: Path, environment: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the rows of a file that are whole; none if there is no file. Those that failed are to be tried again.
+def measured_before(path: Path, environment: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Returns a file's environment and its rows that are whole; neither if there is no file.
+
+    Rows of which a part failed are to be tried again.
 
     Raises:
         ValueError: if the file is of another device, version or commit.
     """
     if not path.exists():
-        return []
+        return {}, []
     result = json.loads(path.read_text())
     for name in _SAME:
         before, now = result["environment"][name], environment[name]
@@ -30,7 +32,7 @@ def measured_before(path: Path, environment: dict[str, Any]) -> list[dict[str, A
                 f"--resume goes on with rows of one {name}: {path} has {before}, this is {now}; "
                 "choose another file with --out, or leave --resume out to measure all again."
             )
-    return [row for row in result["cases"] if not row["failed"]]
+    return result["environment"], [row for row in result["cases"] if not row["failed"]]
 
 
 def load_rows(path: Path) -> tuple[dict[str, Any], Rows]:

@@ -103,7 +103,7 @@ class _Worker:
 
 def _work(pipe: Connection, share: list[SweepCase], options: Options) -> None:
     """What a process does: compile all of its share, wait for its turn, time all."""
-    programs = [_compiled(case, options) for case in share]
+    programs: list[Programs | Record | None] = [_compiled(case, options) for case in share]
     pipe.send(f"{len(share)} cases compiled")
     pipe.recv()
     for i in range(len(share)):

@@ -18,8 +18,7 @@ from typing import Any
 
 from environment import environment, written
 from flex_process import has_torch
-from sweep_calls import PARTS
-from sweep_cases import BATCH, FLEX_LENGTHS, HEAD_DIM, HEADS, LENGTHS, METHODS, SweepCase, sweep_cases
+from sweep_cases import BATCH, FLEX_LENGTHS, HEAD_DIM, HEADS, LENGTHS, METHODS, PARTS, SweepCase, sweep_cases
 from sweep_results import RESULTS, measured_before
 from sweep_workers import FlexCases, Options, Record, Workers, in_this_process, probed
 
@@ -35,13 +34,13 @@ def main() -> None:
     described = environment() if args.processes == 1 else probed()
     platform = described["platform"]
     path = args.out or (None if args.quick else RESULTS / f"sweeps-{platform}.json")
-    rows = measured_before(path, described) if args.resume and path else []
+    before, rows = measured_before(path, described) if args.resume and path else ({}, [])
     cases = _remaining(args, rows)
     out = [case for case in cases if case.left_out]
     no_flex = _why_no_flex(platform)
     flex = [case for case in cases if case.method == "flex" and no_flex is None]
     others = [case for case in cases if case.method != "flex" and not case.left_out]
-    result: dict[str, Any] = {"environment": described, "flex_attention": no_flex, "cases": rows}
+    result: dict[str, Any] = {"environment": before | described, "flex_attention": no_flex, "cases": rows}
     options = Options(1 if args.quick else args.samples, args.implementation, "xla" if platform == "cpu" else "cudnn")
     with written(result, path) as keep, contextlib.ExitStack() as closing:
         print(HEADER)
