@@ -16,7 +16,7 @@ HEADS = (12, 48)
 BATCH, HEAD_DIM = 4, 64
 HASHED = tuple(f"hash{count}" for count in BUCKETS)
 QK = tuple(f"qk{percent}" for percent in DROPPED)
-# A mask that is given costs the same whatever it shows; one of each method is to show that.
+# Of a mask that is given all pairs are computed, whatever it shows; one of each method is to show that.
 MASKED = ("hash16", "qk50")
 FLEX, FLEX_HEADS, FLEX_LENGTHS = ("hash16", "hash64", "qk50"), (12,), (1024, 4096, 16_384, 32_768)
 PARTS = ("forward", "backward", "forward_backward")
