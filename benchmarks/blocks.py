@@ -56,12 +56,12 @@ def main() -> None:
     samples = 1 if args.quick else args.samples
     path = args.out or (None if args.quick else RESULTS / f"blocks-{platform}.json")
     result: dict[str, Any] = {"environment": environment(), "flex_attention": _why_no_flex(args, platform), "cases": []}
-    with written(result, path) as keep, contextlib.closing(FlexProcess()) as flex:
+    with written(result, path) as keep, contextlib.closing(FlexProcess("flex_blocks.py")) as flex:
         print(HEADER)
         for case, dense in _with_dense(_cases(args, platform), "xla" if platform == "cpu" else "cudnn", samples):
             record = _record(case, dense, args.implementation, samples)
             if result["flex_attention"] is None and case.kind != "top_k":
-                _add_flex(record, flex.ask(case, samples))
+                _add_flex(record, flex.ask(case._asdict(), samples))
                 result["environment"] |= flex.versions
             result["cases"].append(record)
             print(_row(record), flush=True)

@@ -7,6 +7,8 @@ JAX_PLATFORMS=cpu python benchmarks/flex_attention.py --cases '*hash16*'    JSON
 """
 
 import argparse
+import functools
+import math
 import os
 import statistics
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from torch.nn.attention.flex_attention import (  # pyright: ignore[reportMissing
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CALLS = 10  # timed together
+SAMPLE_SECONDS = 0.1  # long against the clock: of long calls there are fewer in a sample
 
 
 def main() -> None:
@@ -49,6 +52,13 @@ def main() -> None:
 
 
 def _record(case: Case, samples: int) -> dict[str, Any]:
+    calls = calls_of(case)
+    del calls["backward"]
+    return {"case": str(case), "seconds": {name: device_seconds(call, samples) for name, call in calls.items()}}
+
+
+def calls_of(case: Case) -> dict[str, Callable[[], Any]]:
+    """Returns what builds the block mask, and attention: forward, backward alone after a forward, and both."""
     s, arrays = case.shape, case.arrays()
     last, rank = (_ranks(case, arrays, side, heads) for side, heads in (("query", s.N), ("key", s.key_heads)))
     position = last % s.T
@@ -72,15 +82,21 @@ def _record(case: Case, samples: int) -> dict[str, Any]:
     def forward() -> Any:
         return attend(q, k, v, block_mask=mask, enable_gqa=group > 1)
 
-    def forward_backward() -> Any:
-        return torch.autograd.grad(forward(), (q, k, v), do)
+    def gradients(o: torch.Tensor, **options: bool) -> Any:
+        return torch.autograd.grad(o, (q, k, v), do, **options)
+
+    kept = functools.cache(forward)  # with what its backward pass needs
 
     def forward_alone() -> Any:
         with torch.no_grad():
             return forward()
 
-    calls = {"mask": make_mask, "forward": forward_alone, "forward_backward": forward_backward}
-    return {"case": str(case), "seconds": {name: device_seconds(call, samples) for name, call in calls.items()}}
+    return {
+        "mask": make_mask,
+        "forward": forward_alone,
+        "forward_backward": lambda: gradients(forward()),
+        "backward": lambda: gradients(kept(), retain_graph=True),
+    }
 
 
 def _ranks(case: Case, arrays: dict[str, Any], side: str, heads: int) -> torch.Tensor:
@@ -96,18 +112,20 @@ def _ranks(case: Case, arrays: dict[str, Any], side: str, heads: int) -> torch.T
 
 def device_seconds(call: Callable[[], Any], samples: int) -> float:
     """Returns seconds a call on the GPU, the median over samples, after a warm-up."""
-    for _ in range(3):
+    for _ in range(2):
         call()
-    taken = []
-    for _ in range(samples):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(CALLS):
-            call()
-        end.record()
-        torch.cuda.synchronize()
-        taken.append(begin.elapsed_time(end) / CALLS / 1e3)
-    return statistics.median(taken)
+    calls = min(CALLS, math.ceil(SAMPLE_SECONDS / _seconds(call, 1)))
+    return statistics.median(_seconds(call, calls) for _ in range(samples))
+
+
+def _seconds(call: Callable[[], Any], calls: int) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / calls / 1e3
 
 
 if __name__ == "__main__":

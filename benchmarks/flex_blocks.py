@@ -4,15 +4,13 @@ Needs torch, which is no dependency of this project. `BlockMask.from_kv_blocks` 
 blocks below the diagonal as full ones; `create_block_mask` makes that of a rule.
 """
 
-import contextlib
 import functools
-import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from block_cases import BlockCase
 from flex_attention import device_seconds  # first, for what it sets before it imports torch
+from flex_process import answer_all
 
 # isort: split
 import torch  # pyright: ignore[reportMissingImports]
@@ -27,20 +25,14 @@ DEFAULT_BLOCK = 128  # of FlexAttention, whose default tiles have sides up to th
 
 def main() -> None:
     """Answers each line with one, the versions first."""
-    answers = sys.stdout
+    answer_all(_answer, {"torch": torch.__version__, "cuda": torch.version.cuda})
 
-    def answer(what: dict[str, Any]) -> None:
-        print(json.dumps(what), file=answers, flush=True)
 
-    with contextlib.redirect_stdout(sys.stderr):
-        answer({"torch": torch.__version__, "cuda": torch.version.cuda})
-        for line in sys.stdin:
-            request = json.loads(line)
-            try:
-                answer({"seconds": _measured(BlockCase(**request["case"]), request["samples"])})
-            except Exception as error:  # whatever it is, the cases to come are to be measured
-                answer({"failed": f"{type(error).__name__}: {error}"})
-            torch.cuda.empty_cache()
+def _answer(case: dict[str, Any], samples: int) -> dict[str, Any]:
+    try:
+        return {"seconds": _measured(BlockCase(**case), samples)}
+    finally:
+        torch.cuda.empty_cache()
 
 
 def _measured(case: BlockCase, samples: int) -> dict[str, float]:

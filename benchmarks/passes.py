@@ -38,7 +38,7 @@ def make_plan(case: Case, arrays: dict[str, jax.Array]) -> sfj.AttentionPlan:
 def sparse_step(case: Case, implementation: str | None) -> Call:
     """Returns forward and backward as a user has them: plan, gather, kernels and restore in one `jit`."""
     q, k, v, do = tensors(case.shape, case.dtype)
-    return Call(_with_gradients(_whole(case, implementation)), (_arrays(case), q, k, v, do))
+    return Call(with_gradients(whole(case, implementation)), (_arrays(case), q, k, v, do))
 
 
 def sparse_calls(case: Case, implementation: str | None) -> dict[str, Call]:
@@ -60,7 +60,7 @@ def sparse_calls(case: Case, implementation: str | None) -> dict[str, Call]:
         "plan": Call(plan, (arrays,)),
         "gather": Call(jax.jit(permute), (permutations, q, k, v, slotted_do)),
         "kernel_forward": Call(jax.jit(kernel), (planned.runs, *slotted)),
-        "kernel_forward_backward": Call(_with_gradients(kernel), (planned.runs, *slotted, slotted_do)),
+        "kernel_forward_backward": Call(with_gradients(kernel), (planned.runs, *slotted, slotted_do)),
         **whole_calls(case, implementation),
         **_hashed_call(case, implementation),
     }
@@ -76,16 +76,16 @@ def planned_step(plan_of: Callable[..., sfj.AttentionPlan], implementation: str 
     def attend(deciding, q, k, v):
         return sfj.sparse_attention(q, k, v, plan_of(deciding, q, k), implementation=implementation)
 
-    return _with_gradients(attend)
+    return with_gradients(attend)
 
 
 def whole_calls(case: Case, implementation: str | None) -> dict[str, Call]:
     """Returns the whole call alone: `forward`, `forward_backward`."""
     arrays, (q, k, v, do) = _arrays(case), tensors(case.shape, case.dtype)
-    whole = _whole(case, implementation)
+    attend = whole(case, implementation)
     return {
-        "forward": Call(jax.jit(whole), (arrays, q, k, v)),
-        "forward_backward": Call(_with_gradients(whole), (arrays, q, k, v, do)),
+        "forward": Call(jax.jit(attend), (arrays, q, k, v)),
+        "forward_backward": Call(with_gradients(attend), (arrays, q, k, v, do)),
     }
 
 
@@ -99,16 +99,22 @@ def _hashed_call(case: Case, implementation: str | None) -> dict[str, Call]:
     def attend(key, q, k, v):
         return sfj.hash_sparse_attention(q, k, v, num_buckets, key, implementation=implementation)
 
-    return {"hashed_forward_backward": Call(_with_gradients(attend), (jax.random.key(0), q, k, v, do))}
+    return {"hashed_forward_backward": Call(with_gradients(attend), (jax.random.key(0), q, k, v, do))}
 
 
 def dense_calls(case: Case, implementation: Literal["xla", "cudnn"]) -> dict[str, Call]:
     """Returns dense causal attention of JAX's own on the same tensors."""
 
+    return _baseline("dense", dense_attention(implementation), case)
+
+
+def dense_attention(implementation: Literal["xla", "cudnn"]) -> Callable[..., jax.Array]:
+    """Returns dense causal attention of (None, q, k, v)."""
+
     def dense(_, q, k, v):
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
 
-    return _baseline("dense", dense, case)
+    return dense
 
 
 def mha_calls(case: Case, backward_side: int) -> dict[str, Call]:
@@ -140,7 +146,7 @@ def _baseline(name: str, dense: Callable[..., jax.Array], case: Case) -> dict[st
     q, k, v, do = tensors(case.shape, case.dtype)
     return {
         f"{name}_forward": Call(jax.jit(dense), (None, q, k, v)),
-        f"{name}_forward_backward": Call(_with_gradients(dense), (None, q, k, v, do)),
+        f"{name}_forward_backward": Call(with_gradients(dense), (None, q, k, v, do)),
     }
 
 
@@ -162,14 +168,16 @@ def tensors(shape: Shape, dtype: str) -> list[jax.Array]:
     return [jax.random.normal(key, size, jnp.dtype(dtype)) for key, size in zip(keys, sizes, strict=True)]
 
 
-def _whole(case: Case, implementation: str | None) -> Callable[..., jax.Array]:
+def whole(case: Case, implementation: str | None) -> Callable[..., jax.Array]:
+    """Returns sparse attention of (arrays, q, k, v), the plan made of the case's arrays inside."""
+
     def attend(arrays, q, k, v):
         return sfj.sparse_attention(q, k, v, make_plan(case, arrays), implementation=implementation)
 
     return attend
 
 
-def _with_gradients(attend: Callable[..., jax.Array]) -> jax.stages.Wrapped:
+def with_gradients(attend: Callable[..., jax.Array]) -> jax.stages.Wrapped:
     """Returns a jitted function of (what decides the mask, q, k, v, do) that gives o, dq, dk, dv."""
 
     def step(deciding, q, k, v, do):

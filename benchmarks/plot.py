@@ -1,11 +1,11 @@
 """Draws speed-up over dense attention by length, beside what can be had and what the paper measured.
 
-python benchmarks/plot.py            docs/speedup.png, and the tables of README.md and docs/
+python benchmarks/plot.py            docs/speedup.png, docs/sweeps-*.png, and the tables of README.md and docs/
 python benchmarks/plot.py --table    prints the tables and writes nothing
 
 All of ours comes from results/density-gpu.json and results/attention-gpu-end-to-end.json: forward + backward, whole
 calls, over cuDNN's dense causal attention in the same run. The ceiling is dense attention's time for the visible pairs
-alone: a speed-up of 1 / density.
+alone: a speed-up of 1 / density. `plot_sweeps.py` draws docs/sweeps-*.png, once results/sweeps-gpu.json is there.
 """
 
 import argparse
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from environment import ROOT
+from plot_sweeps import draw_sweeps
+from sweep_results import SWEEPS, paper
 from tables import PAGES, SHOWN, SINGLE, SWEPT, Records, load, tables, write_pages
 
 PICTURE = ROOT / "docs" / "speedup.png"
@@ -20,12 +22,8 @@ COLOURS = {"hash16": "#0072B2", "hash64": "#009E73", "qk50": "#E69F00", "qk70": 
 INK, GRID = "#222222", "#E4E4E4"
 PANELS = {"Hash-sparse": ("hash16", "hash64"), "QK-sparse": ("qk50", "qk70")}
 
-# "Faster Causal Attention Over Large Sequences Through Sparse Flash Attention", arXiv 2306.01160: milliseconds forward
-# and backward on an A100, B4 T32768 N48 H64, bfloat16, read off its run-time figures, so to a few percent; dense is the
-# FlashAttention of 2023. It also reports whole training steps, 16 buckets: 2.0x at 8192 tokens, 3.3x at 16384.
-PAPER_LENGTH = 32_768
-PAPER_FLASH_MS = 1004
-PAPER_MS = {"hash16": 373, "hash64": 292, "qk50": 402, "qk70": 163}
+# "Faster Causal Attention Over Large Sequences Through Sparse Flash Attention", arXiv 2306.01160, on whole training
+# steps of 16 buckets; its times of attention alone are in results/paper-a100.json.
 PAPER_TRAINING = {"hash16": [(8192, 2.0), (16_384, 3.3)]}
 
 
@@ -41,8 +39,9 @@ def main() -> None:
         print(*(f"{name}\n\n{table}\n" for name, table in tables().items()), sep="\n")
         return
     draw(args.out)
+    swept = draw_sweeps(SWEEPS, args.out.parent) if SWEEPS.exists() else []
     write_pages()
-    print(f"written to {args.out}, {', '.join(PAGES)}")
+    print(f"written to {', '.join(map(str, (args.out, *swept, *PAGES)))}")
 
 
 def draw(path: Path) -> None:
@@ -79,8 +78,16 @@ def _draw_pattern(ax: Any, pattern: str, swept: Records, single: Records) -> Non
     )
     points = [(length, _speedup(record)) for (name, length), record in single.items() if name == pattern]
     ax.scatter(*_columns(points), color=colour, marker="*", s=110, zorder=3)
-    paper = [(PAPER_LENGTH, PAPER_FLASH_MS / PAPER_MS[pattern])]
-    ax.scatter(*_columns(paper), facecolor="white", edgecolor=colour, marker="s", s=45, zorder=4)
+    measured = paper()
+    ms = measured["forward_backward_ms"]
+    ax.scatter(
+        *_columns([(measured["length"], ms["flash"] / ms[pattern])]),
+        facecolor="white",
+        edgecolor=colour,
+        marker="s",
+        s=45,
+        zorder=4,
+    )
     training = PAPER_TRAINING.get(pattern, [])
     ax.scatter(*_columns(training), facecolor="white", edgecolor=colour, marker="D", s=40, zorder=4)
 

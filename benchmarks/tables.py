@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from environment import ROOT
+from markdown_table import markdown, source
+from sweep_tables import sweep_tables
 from time_shares import PACKAGE
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -58,6 +60,7 @@ def tables() -> dict[str, str]:
         "break-even": _break_even(measured),
         "patterns": _patterns(),
         "two-devices": _two_devices(),
+        **sweep_tables(),
     }
 
 
@@ -93,7 +96,7 @@ def _speed_up() -> str:
         dense = of_length[0]["seconds"][f"dense_{BOTH}"]
         speedups = [record["speedup"][BOTH] for record in of_length]
         rows.append([str(length), f"{dense * 1e3:.2f} ms", *(f"{x:.1f}x" for x in speedups)])
-    return f"{_markdown(rows)}\n\n{_source(environment)}."
+    return f"{markdown(rows)}\n\n{source(environment)}."
 
 
 def _end_to_end() -> str:
@@ -111,7 +114,7 @@ def _end_to_end() -> str:
                 f"{peaks[0]:.0f}, {peaks[1]:.0f} MiB",
             ]
         )
-    return f"{_markdown(rows)}\n\n{_source(environment)}."
+    return f"{markdown(rows)}\n\n{source(environment)}."
 
 
 def _training_step() -> str:
@@ -133,7 +136,7 @@ def _training_step() -> str:
                 *("" if x is None else f"{x:.2f}x" for x in over),
             ]
         )
-    return f"{_markdown(rows)}\n\n{_source(result['environment'])}."
+    return f"{markdown(rows)}\n\n{source(result['environment'])}."
 
 
 def _blocks() -> str:
@@ -148,7 +151,7 @@ def _blocks() -> str:
     rows = [["T", "blocks of", *(f"{percent} % of causal's" for percent in percents)]]
     for (length, block), of_shape in sorted(speedups.items()):
         rows.append([str(length), str(block), *(of_shape[percent] for percent in percents)])
-    return f"{_markdown(rows)}\n\n{_source(results[0]['environment'])}."
+    return f"{markdown(rows)}\n\n{source(results[0]['environment'])}."
 
 
 def _patterns() -> str:
@@ -173,7 +176,7 @@ def _patterns() -> str:
         median = seconds if isinstance(seconds, float) else seconds["median"]
         rows.append([name, f"{density:.3g}", f"{1e3 * median:.2f}", f"{case['speedup'][part]:.1f}x"])
     rows = [rows[0], *sorted(rows[1:], key=lambda row: float(row[1]))]
-    return f"{_markdown(rows)}\n\n{longest} tokens. {_source(environment)}; {_source(result['environment'])}."
+    return f"{markdown(rows)}\n\n{longest} tokens. {source(environment)}; {source(result['environment'])}."
 
 
 def _two_devices() -> str:
@@ -191,7 +194,7 @@ def _two_devices() -> str:
         best = seconds["one device"] / min(seconds[column] for column in columns[1:])
         times = (f"{1e3 * seconds[column]:.3g}" for column in columns)
         rows.append([str(length), pattern, *times, f"{best:.2f}x"])
-    return f"{_markdown(rows)}\n\n{_source(result['environment'])}."
+    return f"{markdown(rows)}\n\n{source(result['environment'])}."
 
 
 def _words(name: str) -> str:
@@ -215,8 +218,8 @@ def _break_even(measured: dict[str, Any]) -> str:
             rate = "never" if dropped is None else f"{100 * (1 - math.sqrt(dropped)):.0f} %"
             densities = ["-" if x is None else f"{x:.2f}" for x in (hashed, dropped)]
             rows.append([kind, str(row["length"]), buckets, densities[0], rate, densities[1]])
-    sources = "; ".join(_source(measured[kind]["environment"]) for kind in sorted(measured))
-    return f"{_markdown(rows)}\n\n{sources}."
+    sources = "; ".join(source(measured[kind]["environment"]) for kind in sorted(measured))
+    return f"{markdown(rows)}\n\n{sources}."
 
 
 def break_even(pairs: list[list[float]], dense: float) -> float | None:
@@ -236,15 +239,3 @@ def break_even(pairs: list[list[float]], dense: float) -> float | None:
             return start * (density / start) ** part
         below = density, share
     return 1.0
-
-
-def _source(environment: dict[str, Any]) -> str:
-    device = environment["device"].removeprefix("1 x ")
-    where = f"{environment['processor']}, {environment['cores']} cores" if device == "cpu" else device
-    command = " ".join(environment["command"].split()[:2])  # its options are in the result
-    return f"`{command}` on {where}, jax {environment['jax']}, commit {environment['commit'][:7]}"
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

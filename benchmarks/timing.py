@@ -10,6 +10,7 @@ import jax
 
 SAMPLE_SECONDS = 0.02  # long against the clock and the dispatch of a call
 MOST_CALLS = 20  # in flight together, each holding its outputs
+LEAST_SAMPLES = 3
 
 
 class Timing(NamedTuple):
@@ -22,19 +23,29 @@ class Timing(NamedTuple):
     calls: int
 
 
-def measure(function: Callable[..., Any], *args: Any, samples: int) -> Timing:
-    """Times `function(*args)`, whose outputs are JAX arrays."""
+def measure(function: Callable[..., Any], *args: Any, samples: int, seconds: float = math.inf) -> Timing:
+    """Times `function(*args)`, whose outputs are JAX arrays.
+
+    Args:
+        function: compiled, or jitted and then compiled by its first call.
+        args: of the function.
+        samples: of which the median is taken.
+        seconds: that they may take together: of calls too long for so many there are fewer samples, but at least
+            `LEAST_SAMPLES` where as many are asked for.
+    """
     jax.block_until_ready(function(*args))
     start = time.perf_counter()
     jax.block_until_ready(function(*args))
     once = time.perf_counter() - start
     calls = min(MOST_CALLS, math.ceil(SAMPLE_SECONDS / once))
-    seconds = []
+    if samples * calls * once > seconds:
+        samples = min(samples, max(LEAST_SAMPLES, int(seconds / (calls * once))))
+    taken = []
     for _ in range(samples):
         start = time.perf_counter()
         outputs = function(*args)
         for _ in range(calls - 1):
             outputs = function(*args)
         jax.block_until_ready(outputs)
-        seconds.append((time.perf_counter() - start) / calls)
-    return Timing(statistics.median(seconds), min(seconds), max(seconds), samples, calls)
+        taken.append((time.perf_counter() - start) / calls)
+    return Timing(statistics.median(taken), min(taken), max(taken), samples, calls)

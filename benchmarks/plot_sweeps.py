@@ -1,0 +1,207 @@
+"""Draws what `sweeps.py` measured as the paper does: time by length, and speed-up by buckets and dropped shares.
+
+`plot.py` calls this where there are results; by itself: python benchmarks/plot_sweeps.py --data FILE --out FOLDER
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from environment import ROOT
+from sweep_cases import BATCH, HASHED, HEAD_DIM, HEADS, PARTS, QK
+from sweep_results import SWEEPS, Rows, density, load_rows, paper
+
+INK, GREY, GRID = "#222222", "#8A8A8A", "#E4E4E4"
+SHADES = {"hash": ("YlGnBu", 0.38, 1.0), "qk": ("YlOrRd", 0.32, 1.0)}  # colour maps, and what is used of them
+ROWS = {"forward": "forward", "backward": "backward alone", "forward_backward": "forward + backward"}
+NAIVE = {"naive": ("bool mask, XLA", (0, (5, 2))), "naive_cudnn": ("bool mask, cuDNN", (0, (1, 1.5)))}
+FIGURES = {
+    "sweeps-hash.png": ("Hash-sparse attention by length and number of buckets", HASHED, "hash16"),
+    "sweeps-qk.png": ("QK-sparse attention by length and dropped share of queries and keys", QK, "qk50"),
+}
+"""By file: title, patterns, and the one whose masked version is drawn."""
+
+
+def main() -> None:
+    """Draws all figures."""
+    parser = argparse.ArgumentParser(description="Draws the figures of sweeps.py.")
+    parser.add_argument("--data", type=Path, default=SWEEPS, help="default benchmarks/results/sweeps-gpu.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder; default docs/")
+    args = parser.parse_args()
+    print(f"written to {', '.join(map(str, draw_sweeps(args.data, args.out)))}")
+
+
+def draw_sweeps(data: Path, folder: Path) -> list[Path]:
+    """Writes the figures into a folder, and returns their paths."""
+    environment, rows = load_rows(data)
+    paths = [folder / name for name in (*FIGURES, "sweeps-paper.png")]
+    for path in paths[:-1]:
+        _draw_times(path, environment, rows, *FIGURES[path.name])
+    _draw_speedups(paths[-1], environment, rows)
+    return paths
+
+
+def _draw_times(
+    path: Path, environment: dict[str, Any], rows: Rows, title: str, patterns: tuple[str, ...], masked: str
+) -> None:
+    """A row of panels for each part, a column for each number of heads."""
+    figure = _figure(10.4, 11.8)
+    heads = [n for n in HEADS if any(key[2] == n for key in rows)] or sorted({key[2] for key in rows})
+    panels = figure.subplots(len(PARTS), len(heads), sharex=True, sharey="row", squeeze=False)
+    for i, part in enumerate(PARTS):
+        for ax, n in zip(panels[i], heads, strict=True):
+            _draw_panel(ax, rows, part, n, patterns, masked)
+            _finish_times(ax, sorted({key[3] for key in rows}))
+            if i == 0:
+                ax.set_title(f"batch {BATCH}, {n} heads of {HEAD_DIM}", color=INK, fontsize=11)
+        panels[i][0].set_ylabel(f"{ROWS[part]}, ms", color=INK)
+    for ax in panels[-1]:
+        ax.set_xlabel("tokens of a sequence", color=INK)
+    handles = {}
+    for ax in panels.flat:
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    _legend(figure, environment, handles.values(), labels=list(handles), ncols=4, handlelength=3)
+    _finish_figure(figure, title, path)
+
+
+def _draw_panel(ax: Any, rows: Rows, part: str, heads: int, patterns: tuple[str, ...], masked: str) -> None:
+    def draw(method: str, pattern: str, label: str, **style: Any) -> None:
+        points = sorted(
+            (key[3], ms[part]) for key, ms in rows.items() if key[:3] == (method, pattern, heads) and part in ms
+        )
+        if points:
+            ax.plot(*zip(*points, strict=True), label=label, **style)
+
+    draw("dense", "causal", "cuDNN dense causal", color=INK, linewidth=2.2, zorder=3)
+    for method, (label, dashes) in NAIVE.items():
+        draw(method, masked, label, color=GREY, linestyle=dashes, linewidth=1.8, marker="s", markersize=3)
+    for pattern, colour in zip(patterns, _colours(patterns), strict=True):
+        draw("sparse", pattern, _words(pattern), color=colour, marker="o", markersize=3.5, linewidth=1.8)
+    for pattern, colour in zip(patterns, _colours(patterns), strict=True):
+        style = {"linestyle": (0, (1, 2)), "marker": "x", "markersize": 6, "linewidth": 1.2}
+        draw("flex", pattern, f"FlexAttention, {_words(pattern)}, sorted before", color=colour, **style)
+
+
+def _draw_speedups(path: Path, environment: dict[str, Any], rows: Rows) -> None:
+    """How many times as fast as dense attention, each over its own, at the paper's shape."""
+    measured = paper()
+    heads, length, ms = measured["heads"], measured["length"], measured["forward_backward_ms"]
+    dense = rows.get(("dense", "causal", heads, length), {}).get("forward_backward")
+    figure = _figure(10.4, 5.4)
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, patterns in zip(axes, (HASHED, QK), strict=True):
+        colour = _colours(patterns)[-3]
+        at = range(len(patterns))
+        ours = [rows.get(("sparse", pattern, heads, length), {}).get("forward_backward") for pattern in patterns]
+        ax.plot(at, [1 / density(x) for x in patterns], color=GREY, linestyle=(0, (5, 4)), linewidth=1.2)
+        points = [(i, dense / x) for i, x in enumerate(ours) if dense and x]
+        _draw_points(ax, points, colour, above=True, marker="o", markersize=6, linewidth=2.2)
+        style = {"marker": "s", "markersize": 6, "linewidth": 1.4, "markerfacecolor": "white"}
+        _draw_points(ax, [(i, ms["flash"] / ms[x]) for i, x in enumerate(patterns)], colour, above=False, **style)
+        ax.axhline(1, color=INK, linewidth=1)
+        ax.set_xticks(at, [_number(pattern) for pattern in patterns])
+        ax.margins(x=0.08)
+        _finish(ax)
+    axes[0].set_title("Hash-sparse", color=INK)
+    axes[0].set_xlabel("buckets", color=INK)
+    axes[1].set_title("QK-sparse", color=INK)
+    axes[1].set_xlabel("dropped of queries, and of keys, %", color=INK)
+    axes[0].set_ylabel("times as fast as dense attention", color=INK)
+    axes[0].set_yscale("log", base=2)
+    ticks = [2**i for i in range(-1, 7)]
+    axes[0].set_yticks(ticks, [f"{x:g}x" for x in ticks])
+    axes[0].set_ylim(0.6, 90)
+    _legend(figure, environment, _speedup_entries(environment, measured), ncols=3)
+    title = f"Forward + backward over dense attention, batch {measured['batch']}, {heads} heads, {length} tokens"
+    _finish_figure(figure, title, path)
+
+
+def _draw_points(ax: Any, points: list[tuple[int, float]], colour: Any, *, above: bool, **style: Any) -> None:
+    if not points:
+        return
+    from matplotlib.patheffects import withStroke
+
+    ax.plot(*zip(*points, strict=True), color=colour, **style)
+    for x, y in points:
+        place = {"xytext": (0, 8 if above else -15), "textcoords": "offset points", "ha": "center"}
+        place["path_effects"] = [withStroke(linewidth=3, foreground="white")]  # legible on a line
+        ax.annotate(f"{y:.1f}x" if y < 9.95 else f"{y:.0f}x", (x, y), color=colour, fontsize=9, **place)
+
+
+def _speedup_entries(environment: dict[str, Any], measured: dict[str, Any]) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    def entry(label: str, **style: Any) -> Line2D:
+        return Line2D([], [], label=label, color=INK, **style)
+
+    return [
+        entry(f"ours over cuDNN,\n{_device(environment)}", marker="o", linewidth=2.2),
+        entry("ceiling: dense time for the\nvisible pairs alone", linestyle=(0, (5, 4)), linewidth=1.2),
+        entry(
+            f"paper over the FlashAttention of 2023,\n{measured['device']}, read off its figures",
+            marker="s",
+            markerfacecolor="white",
+        ),
+    ]
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.06)
+    return figure
+
+
+def _finish_times(ax: Any, lengths: list[int]) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(lengths, [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths])
+    ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    _finish(ax)
+
+
+def _finish(ax: Any) -> None:
+    ax.minorticks_off()
+    ax.grid(color=GRID)
+    ax.set_axisbelow(True)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+
+
+def _legend(figure: Any, environment: dict[str, Any], handles: Any, **options: Any) -> None:
+    """Puts the legend below all panels, with what was measured on what as its title."""
+    commit = (environment["commit"] or "of no repository")[:7]
+    title = f"{_device(environment)}, jax {environment['jax']}, commit {commit}"
+    place = {"loc": "outside lower center", "frameon": False, "fontsize": 9, "title_fontsize": 9}
+    figure.legend(handles=list(handles), title=title, **place, **options)
+
+
+def _device(environment: dict[str, Any]) -> str:
+    return environment["device"].split(" x ", 1)[-1]
+
+
+def _finish_figure(figure: Any, title: str, path: Path) -> None:
+    figure.suptitle(title, color=INK, fontweight="bold")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def _colours(patterns: tuple[str, ...]) -> list[Any]:
+    """From light for the first, of which most is visible, to dark."""
+    from matplotlib import colormaps
+
+    name, first, last = SHADES[patterns[0].rstrip("0123456789")]
+    return [colormaps[name](first + (last - first) * i / (len(patterns) - 1)) for i in range(len(patterns))]
+
+
+def _number(pattern: str) -> str:
+    return pattern.lstrip("abcdefghijklmnopqrstuvwxyz")
+
+
+def _words(pattern: str) -> str:
+    return f"{_number(pattern)} buckets" if pattern.startswith("hash") else f"{_number(pattern)} % dropped"
+
+
+if __name__ == "__main__":
+    main()
