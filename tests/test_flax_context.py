@@ -45,11 +45,10 @@ def divided(x, mesh):
     [
         (Window(9), DOCUMENTS),
         (Hash(4, exclude_self=True), DOCUMENTS),
-        (QK(0.4, scored=True), DOCUMENTS),
-        (QK((0.6, 0.2, 0.5, 0.9), scored=True, score_gradient="straight_through"), None),
+        (QK((0.6, 0.2, 0.5, 0.9), scored=True), DOCUMENTS),
         (Auto(Hash(4)), None),
     ],
-    ids=["window_in_documents", "hash_in_documents", "scored_in_documents", "scored_by_head", "auto"],
+    ids=["window_in_documents", "hash_in_documents", "scored_in_documents", "auto"],
 )
 def test_as_on_one_device(pattern, segment_ids, mesh):
     whole, parts = layers(pattern, mesh)

@@ -117,7 +117,7 @@ def test_scores_learn_what_to_keep(gradient):
 
     def learn(weights, key):
         gradient = jax.grad(functools.partial(loss_of, pattern))(weights, marked(key))
-        return jax.tree.map(lambda x, dx: x - 0.5 * dx, weights, gradient), None
+        return jax.tree.map(lambda x, dx: x - 2.0 * dx, weights, gradient), None
 
     learned = jax.jit(lambda weights: jax.lax.scan(learn, weights, jax.random.split(KEYS[2], 100))[0])(weights)
     unseen = marked(KEYS[3])
