@@ -72,7 +72,7 @@ def test_each_head_keeps_its_own_number(scored):
     np.testing.assert_array_equal(np.sum(query_keep, axis=1), [COUNTS] * B)
     np.testing.assert_array_equal(np.sum(key_keep, axis=1), [KEY_COUNTS] * B)
     plan = pattern.plan(Q, KEY_ROWS, key=KEYS[0], scores=SCORES)
-    assert plan.query_order.shape[-1] == pattern.kept(T) == max(COUNTS)
+    assert plan.runs.k_start.shape[-1] == plan.runs.q_start.shape[-1] == pattern.kept(T) == max(COUNTS)
     assert not plan.overflow.any()
     expected = query_keep.swapaxes(1, 2)[..., None] & np.repeat(key_keep.swapaxes(1, 2), N // K, 1)[:, :, None]
     np.testing.assert_array_equal(plan.mask(), np.asarray(expected) & np.tril(np.ones((T, T), bool)))

@@ -111,7 +111,7 @@ def test_straight_through_leaves_every_bit(dtype):
     scores = SCORES.astype(dtype).at[0, 1, 1].set(np.nan)
     bits = f"uint{8 * x.dtype.itemsize}"
     gated = jax.jit(lambda x, scores: sfj.score_gate(x, scores, "straight_through"))(x, scores)
-    np.testing.assert_array_equal(*(jax.lax.bitcast_convert_type(y, bits) for y in (gated, x)))
+    np.testing.assert_array_equal(jax.lax.bitcast_convert_type(gated, bits), jax.lax.bitcast_convert_type(x, bits))
 
 
 def test_gradients_of_bfloat16_are_summed_in_float32():
@@ -153,7 +153,10 @@ def test_gates_where_scores_are_alike_on_all_devices():
         (lambda: sfj.random_keep(jax.random.key(0), (2, 6, 2), (0.5, 1.1)), r"rate must be in \[0, 1\], .* got 1.1"),
         (lambda: sfj.top_keep(SCORES, (1, 2, 3)), "count must be one .* each of 4 heads, got 3"),
         (lambda: sfj.top_keep(SCORES, (1, 2, 3, 13)), "count must be at most the length T=12, got 13"),
-        (lambda: sfj.score_gate(X, SCORES, "soft"), "gradient of scores must be one of .* got 'soft'"),
+        (
+            lambda: sfj.score_gate(X, SCORES, "soft"),  # pyright: ignore[reportArgumentType]
+            "gradient of scores must be one of .* got 'soft'",
+        ),
         (lambda: sfj.score_gate(X, SCORES[:, 1:]), r"scores must have the shape \(2, 12, 4\) of x .* got \(2, 11, 4\)"),
     ],
 )
