@@ -14,6 +14,9 @@ from sparse_flash_jax.context.layout import to_zigzag as to_zigzag
 from sparse_flash_jax.context.layout import zigzag_positions as zigzag_positions
 from sparse_flash_jax.context.tokens import Tokens as Tokens
 from sparse_flash_jax.hashing import lsh_buckets as lsh_buckets
+from sparse_flash_jax.keep import random_keep as random_keep
+from sparse_flash_jax.keep import score_gate as score_gate
+from sparse_flash_jax.keep import top_keep as top_keep
 from sparse_flash_jax.kernels.interval import RESIDUAL_NAMES as RESIDUAL_NAMES
 from sparse_flash_jax.kernels.interval import ROWS_NAME as ROWS_NAME
 from sparse_flash_jax.patterns import causal as causal
@@ -22,8 +25,6 @@ from sparse_flash_jax.patterns import dilated as dilated
 from sparse_flash_jax.patterns import hash_sparse as hash_sparse
 from sparse_flash_jax.patterns import packed as packed
 from sparse_flash_jax.patterns import qk_sparse as qk_sparse
-from sparse_flash_jax.patterns import random_keep as random_keep
-from sparse_flash_jax.patterns import top_keep as top_keep
 from sparse_flash_jax.plan import AttentionPlan as AttentionPlan
 from sparse_flash_jax.planning import PLAN_NAME as PLAN_NAME
 from sparse_flash_jax.planning import make_plan as make_plan

@@ -1,18 +1,13 @@
 """The patterns: what a group, a keep mask and a rule stand for. Each is a few lines over `make_plan`."""
 
-import math
-
-import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Int32
 
 from sparse_flash_jax.documents import document_groups
 from sparse_flash_jax.plan import AttentionPlan
 from sparse_flash_jax.planning import make_plan, plan_sides
 from sparse_flash_jax.rule import Rule
-from sparse_flash_jax.selection import best
-from sparse_flash_jax.validation import FLOAT_DTYPES, at_least, check_array, positive_int
+from sparse_flash_jax.validation import check_array, positive_int
 
 
 def causal(
@@ -164,58 +159,6 @@ def hash_sparse(
         num_buckets=num_buckets,
         implementation=implementation,
     )
-
-
-def random_keep(
-    key: PRNGKeyArray, shape: tuple[int, int, int], rate: float, *, axis_name: str | None = None
-) -> Bool[Array, "B T N"]:
-    """Returns a mask that drops tokens at random, the same number in every head.
-
-    Args:
-        key: PRNG key.
-        shape: (B, T, N).
-        rate: share of tokens to drop, in [0, 1].
-        axis_name: a mapped axis of `pmap` or `shard_map` that divides the batch, of which B is one device's part: each
-            device then draws for the whole batch, and what is dropped does not depend on how it is divided.
-
-    Returns:
-        bool [B T N] with exactly `math.ceil((1 - rate) * T)` tokens kept for each batch entry and head.
-
-    Raises:
-        ValueError: if the shape has not three axes, or the rate lies outside [0, 1].
-    """
-    if len(shape) != 3:
-        raise ValueError(f"shape must be (B, T, N), got {tuple(shape)}.")
-    if not 0 <= rate <= 1:
-        raise ValueError(f"rate must be in [0, 1], the share of tokens to drop, got {rate}.")
-    batch, length, heads = shape
-    parts = 1 if axis_name is None else lax.axis_size(axis_name)
-    scores = jax.random.uniform(key, (parts * batch, length, heads), jnp.float32)
-    if axis_name is not None:
-        scores = lax.dynamic_slice_in_dim(scores, lax.axis_index(axis_name) * batch, batch)
-    return top_keep(scores, math.ceil((1 - rate) * length))
-
-
-def top_keep(scores: Float[Array, "B T N"], count: int) -> Bool[Array, "B T N"]:
-    """Returns a mask that keeps the best-scored tokens of each head; of equal scores the earlier wins.
-
-    Args:
-        scores: float [B T N]. No gradient flows through the choice. NaN counts as the lowest score.
-        count: tokens to keep for each batch entry and head; a static int.
-
-    Returns:
-        bool [B T N] with exactly `count` tokens kept for each batch entry and head.
-
-    Raises:
-        TypeError: if scores are not float, or count is not an int.
-        ValueError: if scores have not three axes, or count is not in [0, T].
-    """
-    check_array("scores", scores, "B T N", FLOAT_DTYPES)
-    at_least("count", count, 0)
-    if count > scores.shape[1]:
-        raise ValueError(f"count must be at most the length T={scores.shape[1]}, got {count}.")
-    by_head = jnp.swapaxes(lax.stop_gradient(scores), 1, 2)
-    return jnp.swapaxes(best(by_head, count), 1, 2)
 
 
 def chunked(

@@ -7,12 +7,16 @@ from jaxtyping import Array, Bool, Float, UInt32
 _DIGIT = 4  # bits that a pass settles, of a threshold that 2**_DIGIT - 1 counts narrow down
 
 
-def best(scores: Float[Array, "B N T"], count: int) -> Bool[Array, "B N T"]:
-    """Returns which `count` scores of each row are the best; of equal ones the earlier are, and NaN equals -inf."""
+def best(scores: Float[Array, "B N T"], count: int | tuple[int, ...]) -> Bool[Array, "B N T"]:
+    """Returns which `count` scores of each row are the best; of equal ones the earlier are, and NaN equals -inf.
+
+    The count is that of every row, or one for each of N.
+    """
     length = scores.shape[-1]
     order = _in_order(jnp.where(jnp.isnan(scores), -jnp.inf, scores))
-    worst = _reached_by(order, jnp.full(order.shape[:2], count, jnp.uint32), 8 * scores.dtype.itemsize)[..., None]
-    missing = count - jnp.sum(order > worst, axis=-1, dtype=jnp.uint32)
+    counts = jnp.broadcast_to(jnp.asarray(count, jnp.uint32), order.shape[:2])
+    worst = _reached_by(order, counts, 8 * scores.dtype.itemsize)[..., None]
+    missing = counts - jnp.sum(order > worst, axis=-1, dtype=jnp.uint32)
     earliness = jnp.where(order == worst, jnp.arange(length, 0, -1, dtype=jnp.uint32)[None, None], jnp.uint32(0))
     latest = _reached_by(earliness, missing, length.bit_length())[..., None]
     return (order > worst) | ((order == worst) & (earliness >= latest))

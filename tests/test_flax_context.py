@@ -45,7 +45,7 @@ def divided(x, mesh):
     [
         (Window(9), DOCUMENTS),
         (Hash(4, exclude_self=True), DOCUMENTS),
-        (QK(0.4, scored=True), DOCUMENTS),
+        (QK((0.6, 0.2, 0.5, 0.9), scored=True), DOCUMENTS),
         (Auto(Hash(4)), None),
     ],
     ids=["window_in_documents", "hash_in_documents", "scored_in_documents", "auto"],

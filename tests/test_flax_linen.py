@@ -28,6 +28,7 @@ def run(layer: linen.Module, params: Any, *inputs: Any, **options: Any) -> Any:
         (Hash(4, exclude_self=True), {"shared_qk": True, "rope_base": 100.0}),
         (QK(0.3), {"use_bias": True}),
         (QK(0.3, scored=True), {"num_key_heads": 1}),
+        (QK((0.2, 0.5, 0.3, 0.7), scored=True, score_gradient="straight_through"), {"num_key_heads": 2}),
     ],
     ids=str,
 )

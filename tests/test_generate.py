@@ -99,7 +99,7 @@ def check_against_full(model, tokens, documents=None):
     ("attention", "changes"),
     [
         (
-            (Dense(), Hash(4, exclude_self=True), QK(0.4), Hash(4, centred=True, exclude_self=True)),
+            (Dense(), Hash(4, exclude_self=True), QK((0.4, 0.7, 0.2, 0.9)), Hash(4, centred=True, exclude_self=True)),
             {"num_key_heads": 2, "positions": "learned"},
         ),
         (

@@ -35,7 +35,7 @@ def dropped(q, k, v, do, query_bucket, key_bucket):
 
 
 def chosen(q, k, v, do, *_):
-    keep = sfj.top_keep(q[..., 0], LENGTH // 2), sfj.random_keep(KEY, k.shape[:3], 0.5)
+    keep = sfj.top_keep(q[..., 0], LENGTH // 2), sfj.random_keep(KEY, k.shape[:3], (0.5, *[0.8] * (k.shape[2] - 1)))
     return attended(q, k, v, do, sfj.qk_sparse(*keep, query_capacity=LENGTH // 2, key_capacity=LENGTH // 2))
 
 

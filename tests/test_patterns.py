@@ -1,6 +1,4 @@
-"""Each pattern function shows what its name says, and keep masks keep what they promise."""
-
-import math
+"""Each pattern function shows what its name says."""
 
 import jax
 import jax.numpy as jnp
@@ -75,52 +73,3 @@ def test_patterns_make_plans_under_vmap():
     groups = jnp.asarray(GROUP)
     together = jax.vmap(lambda g: sfj.hash_sparse(g[None], g[None]).mask()[0])(groups)
     np.testing.assert_array_equal(together, sfj.hash_sparse(groups, groups).mask())
-
-
-@pytest.mark.parametrize("length", [1, 7, 64])
-@pytest.mark.parametrize("rate", [0.0, 0.1, 0.3, 0.5, 0.7, 0.999, 1.0])
-def test_random_keep_keeps_an_exact_count(length, rate):
-    keep = sfj.random_keep(jax.random.key(0), (2, length, 3), rate)
-    assert keep.shape == (2, length, 3)
-    assert keep.dtype == jnp.bool_
-    assert (np.sum(keep, axis=1) == math.ceil((1 - rate) * length)).all()
-
-
-def test_random_keep_differs_by_head_and_key():
-    keep, same, other = (np.asarray(sfj.random_keep(jax.random.key(s), (2, 64, 2), 0.5)) for s in (0, 0, 1))
-    np.testing.assert_array_equal(keep, same)
-    assert (keep != other).any()
-    assert (keep[..., 0] != keep[..., 1]).any()
-    assert (keep[0] != keep[1]).any()
-
-
-def test_random_keep_is_uniform():
-    keep = sfj.random_keep(jax.random.key(2), (400, 16, 4), 0.5)
-    share = np.mean(keep, axis=(0, 2))
-    # 1600 draws: six standard deviations of 1/80.
-    np.testing.assert_allclose(share, 0.5, atol=0.075)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("count", [0, 1, 5, LENGTH])
-def test_top_keep_keeps_the_best(dtype, count):
-    scores = jnp.asarray(RNG.integers(-3, 4, (2, LENGTH, 3)), dtype)
-    keep = np.asarray(sfj.top_keep(scores, count))
-    for index in np.ndindex(2, 3):
-        column = np.asarray(scores, np.float64)[index[0], :, index[1]]
-        best = sorted(range(LENGTH), key=lambda t: (-column[t], t))[:count]
-        assert sorted(np.flatnonzero(keep[index[0], :, index[1]])) == sorted(best)
-
-
-def test_top_keep_takes_nan_for_the_lowest():
-    scores = jnp.array([jnp.nan, 1.0, -jnp.inf, jnp.inf, jnp.nan])[None, :, None]
-    np.testing.assert_array_equal(sfj.top_keep(scores, 2)[0, :, 0], [False, True, False, True, False])
-    assert np.sum(sfj.top_keep(scores, 4)) == 4
-
-
-def test_counts_are_exact_capacities():
-    keep = sfj.random_keep(jax.random.key(0), (2, 50, 3), 0.3)
-    count = math.ceil(0.7 * 50)
-    plan = sfj.qk_sparse(keep, keep, query_capacity=count, key_capacity=count)
-    assert plan.runs.k_start.shape[-1] == plan.runs.q_start.shape[-1] == count
-    assert not plan.overflow.any()

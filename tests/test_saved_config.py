@@ -9,11 +9,13 @@ import jax
 import pytest
 
 import train
+from sparse_flash_jax.flax.pattern import QK
 from tests.test_train_cli import finished as finished
 from tests.test_train_cli import losses
 from tests.test_train_cli import text as text
 from training.cli import parse
-from training.config import TrainConfig, with_defaults
+from training.config import TrainConfig, identity, with_defaults
+from training.model import transformer_config
 from training.presets import PRESETS
 from training.run_folder import choose_folder
 from training.saved_config import read_config, write_config
@@ -29,7 +31,8 @@ def test_settings_are_read_as_they_were_written(preset, tmp_path):
     config = PRESETS[preset][1]
     for folder in (None, pathlib.Path("d")):
         data = dataclasses.replace(config.data, folder=folder)
-        config = dataclasses.replace(config, out=tmp_path, resume="newest", max_minutes=1.5, data=data)
+        model = dataclasses.replace(config.model, rates=(0.25, 0.5))
+        config = dataclasses.replace(config, out=tmp_path, resume="newest", max_minutes=1.5, data=data, model=model)
         write_config(tmp_path / "config.json", config)
         assert read_config(tmp_path / "config.json") == config
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
@@ -49,6 +52,20 @@ def test_remat_was_a_bool(tmp_path, saved, now):
     path.write_text(f'{{"model": {{"remat": {saved}}}}}')
     assert read_config(path).model.remat == now
     assert with_defaults({"model.remat": json.loads(saved)})["model.remat"] == now
+
+
+def test_scores_of_runs_before_there_was_a_choice_learn_as_they_did():
+    config = parse(["--attention", "qk", "--model.scored"])
+    now = identity(config)
+    assert (now.pop("model.rates"), now.pop("model.score_gradient")) == ([], "scaled")
+    assert with_defaults(now) == identity(config)
+
+
+def test_rates_are_those_of_the_heads():
+    config = parse(["--attention", "qk", "--model.rates", "0.5", "0.2", "0.1", "0.9", "--model.scored"])
+    of_scores = parse(["--attention", "qk", "--model.scored", "--model.score-gradient", "straight_through"])
+    assert transformer_config(config, 257).patterns[0] == QK((0.5, 0.2, 0.1, 0.9), scored=True)
+    assert transformer_config(of_scores, 257).patterns[0] == QK(0.3, scored=True, score_gradient="straight_through")
 
 
 def test_goes_on_as_it_began(finished, copied):

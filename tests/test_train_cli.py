@@ -145,6 +145,11 @@ def test_presets_and_options():
             "--model.dense-backend xla cannot keep documents apart",
         ),
         (["--centred", "--data.separate-documents"], "--model.centred centres across documents"),
+        (
+            ["--attention", "qk", "--model.rates", "0.5", "0.2"],
+            "--model.rates takes one for each of the 4 heads, got 2",
+        ),
+        (["--model.rates", "0.5", "0.2", "0.1", "1"], r"--model.rates must lie in \[0, 1\), got 0.5 0.2 0.1 1"),
         (["--model.rounds", "0"], "--model.rounds must be at least 1, got 0"),
         (["--attention", "auto", "--model.rounds", "2"], "--model.rounds: nothing was measured of several"),
         (["--evaluation.lengths", "512", "0"], "--evaluation.lengths must be at least 1, got 0"),

@@ -118,6 +118,10 @@ def _check_attention(model: ModelConfig, documents_apart: bool) -> None:
     kinds = {*model.attention, *([model.auto_sparse] if "auto" in model.attention else [])}
     if "qk" in kinds and model.rate >= 1:
         raise ConfigError(f"--model.rate must be below 1, got {model.rate}")
+    if model.rates and len(model.rates) != model.heads:
+        raise ConfigError(f"--model.rates takes one for each of the {model.heads} heads, got {len(model.rates)}")
+    if not all(0 <= rate < 1 for rate in model.rates):
+        raise ConfigError(f"--model.rates must lie in [0, 1), got {' '.join(map(str, model.rates))}")
     if "hash" in kinds and (model.buckets < 2 or model.buckets % 2):
         raise ConfigError(f"--model.buckets must be even and at least 2, got {model.buckets}")
     if "hash" in kinds and model.rounds < 1:

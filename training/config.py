@@ -101,13 +101,18 @@ class ModelConfig:
     """hash: a token does not see itself."""
     rate: Annotated[float, alias(aliases=["--rate"])] = 0.3
     """qk: share of queries and of keys that is dropped, each."""
+    rates: tuple[float, ...] = ()
+    """qk: that share for each query head, in place of --model.rate. Heads that share keys drop the least of theirs."""
     scored: bool = False
     """qk: drop by a learned score, not at random. The choice looks at the whole sequence, so it is not causal."""
+    score_gradient: Literal["scaled", "straight_through", "none"] = "scaled"
+    """scored: how scores learn. scaled: values and outputs of kept tokens are multiplied by sigmoid(score);
+    straight_through: they are not, but scores get the gradient of that; none: they stay as they began."""
     auto_sparse: Literal["hash", "qk"] = "hash"
     """auto: what is weighed against dense."""
     auto_density: float | None = None
     """auto: share of dense attention's pairs that the sparse kind is expected to show; default 1 / buckets, or
-    (1 - rate)^2. Buckets of an untrained model show more: `visible` in the metrics tells."""
+    (1 - rate)^2, the mean over heads. Buckets of an untrained model show more: `visible` in the metrics tells."""
     window: int | None = None
     """local, window: tokens back that a token sees, itself included."""
     sinks: int = 4

@@ -50,7 +50,7 @@ def resolved_identity(config: TrainConfig) -> dict[str, Any]:
 def _sparse_pattern(model: ModelConfig, kind: Literal["hash", "qk"]) -> Hash | QK:
     if kind == "hash":
         return Hash(model.buckets, exclude_self=model.exclude_self, centred=model.centred, rounds=model.rounds)
-    return QK(model.rate, scored=model.scored)
+    return QK(model.rates or model.rate, scored=model.scored, score_gradient=model.score_gradient)
 
 
 def transformer_config(config: TrainConfig, vocab_size: int) -> TransformerConfig:

@@ -4,6 +4,7 @@ The patterns themselves are left to pattern.py, and what time to expect of them 
 """
 
 import dataclasses
+import statistics
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
@@ -63,7 +64,8 @@ class Auto:
     Args:
         sparse: `Hash` or `QK`, without a window, of one round.
         density: share of causal pairs that it is expected to show; None for evenly filled buckets, 1 / num_buckets, and
-            for (1 - rate)**2. Buckets of alike tokens show more: `plan.density()` tells.
+            for (1 - rate)**2, the mean over heads. Buckets of alike tokens show more, and so do heads of different
+            rates that share keys: `plan.density()` tells.
 
     Raises:
         TypeError: if the pattern is neither.
@@ -89,7 +91,9 @@ class Auto:
         """Share of causal pairs that the sparse pattern is expected to show."""
         if self.density is not None:
             return self.density
-        return 1 / self.sparse.num_buckets if isinstance(self.sparse, Hash) else (1 - self.sparse.rate) ** 2
+        if isinstance(self.sparse, Hash):
+            return 1 / self.sparse.num_buckets
+        return statistics.fmean((1 - rate) ** 2 for rate in self.sparse.rates)
 
     def choose(
         self, length: int, *, dtype: Any, head_dim: int, documents: bool = False, implementation: str | None = None

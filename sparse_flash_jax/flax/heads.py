@@ -13,9 +13,10 @@ from sparse_flash_jax.attention import sparse_attention
 from sparse_flash_jax.context.attention import context_attention
 from sparse_flash_jax.context.divided_plan import DividedPlan
 from sparse_flash_jax.context.division import Context, row_positions
-from sparse_flash_jax.flax.auto import Auto, Pattern, is_scored, resolve
-from sparse_flash_jax.flax.pattern import Concrete, Dense, KeepScores
+from sparse_flash_jax.flax.auto import Auto, Pattern, resolve
+from sparse_flash_jax.flax.pattern import QK, Concrete, Dense, KeepScores
 from sparse_flash_jax.flax.shared_keys import normalise
+from sparse_flash_jax.keep import score_gate
 from sparse_flash_jax.plan import AttentionPlan
 from sparse_flash_jax.rounds import Rounds, attend_in_rounds
 
@@ -55,7 +56,7 @@ def attend(
     """Attention of projected heads under a pattern.
 
     The plan is made before rotary positions are applied: buckets go by content. Where tokens are kept by learned
-    scores, their outputs and values are multiplied by sigmoid(score), through which the scores learn; a pattern that is
+    scores, their outputs and values pass through gates, by which the scores learn: see `score_gate`. A pattern that is
     not scored, such as the dense one that `Auto` may choose, has no gates.
 
     Args:
@@ -80,8 +81,8 @@ def attend(
     pattern = resolve(pattern, q, segment_ids, implementation)
     ids = {"key": key, "segment_ids": segment_ids, "scores": scores, "implementation": implementation}
     options = {"scale": scale, "implementation": implementation}
-    gates = scores if is_scored(pattern) else None
-    gated = v if gates is None else _gate(v, gates.key)
+    gradient = pattern.score_gradient if isinstance(pattern, QK) and pattern.scored else "none"
+    gated = v if scores is None else score_gate(v, scores.key, gradient)
     if context is None:
         plan = pattern.plan(q, q if k is None else k, **ids)
         q, k = place(q, k, positions, rope_base)
@@ -92,7 +93,7 @@ def attend(
         tokens = pattern.tokens(q, q if k is None else k, context, **ids)
         q, k = place(q, k, row_positions(q, context) if positions is None else positions, rope_base)
         o, plan = context_attention(q, k, gated, tokens, context, return_plan=True, **options)
-    return (o if gates is None else _gate(o, gates.query)), plan
+    return (o if scores is None else score_gate(o, scores.query, gradient)), plan
 
 
 def place(
@@ -139,10 +140,6 @@ def rotate(x: Float[Array, "B T N H"], positions: Int32[Array, "#B T"], base: fl
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
-
-
-def _gate(x: Float[Array, "B T N H"], score: Float[Array, "B T N"]) -> Float[Array, "B T N H"]:
-    return x * jax.nn.sigmoid(score.astype(jnp.float32)).astype(x.dtype)[..., None]
 
 
 def _jax_attention(pattern: Dense, q, k, v, segment_ids, scale):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from sparse_flash_jax.context.layout import from_zigzag, to_zigzag
 from sparse_flash_jax.context.tokens import Tokens
 from sparse_flash_jax.documents import document_groups
 from sparse_flash_jax.flax.patterns.scores import KeepScores
-from sparse_flash_jax.patterns import random_keep, top_keep
+from sparse_flash_jax.keep import ScoreGradient, check_score_gradient, keep_count, random_keep, top_keep
 from sparse_flash_jax.plan import AttentionPlan
 from sparse_flash_jax.planning import make_plan
 
@@ -22,24 +22,39 @@ from sparse_flash_jax.planning import make_plan
 class QK:
     """Earlier tokens, after a share of the queries and of the keys is dropped in each head.
 
-    Each head keeps exactly ceil((1 - rate) * T) queries and as many keys, so the sorted sequence really is shorter.
+    Each head keeps exactly ceil((1 - rate) * T) queries and as many keys, so the sorted sequence really is shorter: as
+    short as the head that keeps most.
 
     Args:
-        rate: share to drop, in [0, 1).
+        rate: share to drop, in [0, 1); or a tuple, one for each query head. Where several share a key head, it drops
+            the least share among theirs, so that none sees fewer keys than it asks for.
         scored: keep the tokens with the highest learned scores, not random ones. The choice compares a token with
             later ones too: it looks ahead, so a language model trained with it is not strictly causal.
         window: tokens back that a query sees, itself included; None for all.
         axis_name: a mapped axis of `pmap` or `shard_map` that divides the batch: see `random_keep`.
+        score_gradient: how scores learn, by a gate on the values and on the outputs of kept tokens: see `score_gate`.
     """
 
-    rate: float
+    rate: float | tuple[float, ...]
     scored: bool = False
     window: int | None = None
     axis_name: str | None = None
+    score_gradient: ScoreGradient = "scaled"
 
     def __post_init__(self):
-        if not 0 <= self.rate < 1:
-            raise ValueError(f"rate must be in [0, 1), the share of tokens to drop, got {self.rate}.")
+        if not isinstance(self.rate, numbers.Real | tuple):
+            raise TypeError(f"rate must be a number, or a tuple of one for each query head, got {self.rate!r}.")
+        if not self.rates:
+            raise ValueError("rate must be a number, or a tuple of one for each query head, got an empty one.")
+        for rate in self.rates:
+            if not 0 <= rate < 1:
+                raise ValueError(f"rate must be in [0, 1), the share of tokens to drop, got {rate}.")
+        check_score_gradient(self.score_gradient)
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """One for each query head, or a single one for all."""
+        return self.rate if isinstance(self.rate, tuple) else (self.rate,)
 
     def plan(
         self,
@@ -62,7 +77,7 @@ class QK:
             implementation: as of `sparse_attention`; "xla" plans without kernels, too.
 
         Raises:
-            ValueError: if the key, or the scores, are missing.
+            ValueError: if the key, or the scores, are missing, or there is not one rate for each query head.
         """
         query_keep, key_keep = self.keep(q, k, key, scores)
         return self.plan_kept(
@@ -96,7 +111,7 @@ class QK:
             implementation: not used.
 
         Raises:
-            ValueError: if the key, or the scores, are missing.
+            ValueError: as of `plan`.
             NotImplementedError: inside of `jax.shard_map` over the sequence, where no device has all the tokens.
         """
         if is_divided_already(context):
@@ -120,23 +135,41 @@ class QK:
         if self.scored:
             if scores is None:
                 raise ValueError(f"{self} keeps tokens by score: pass scores=KeepScores(query, key).")
-            return top_keep(scores.query, self.kept(q.shape[1])), top_keep(scores.key, self.kept(k.shape[1]))
+            rates = self.side_rates(q.shape[2], k.shape[2])
+            best = lambda x, rates: top_keep(x, tuple(keep_count(rate, x.shape[1]) for rate in rates))
+            return best(scores.query, rates[0]), best(scores.key, rates[1])
         if key is None:
             raise ValueError(f"{self} drops tokens at random: pass key=jax.random.key(...), a fresh one each step.")
         query_shape, key_shape = ((x.shape[0], x.shape[1], x.shape[2]) for x in (q, k))
         return self.draw(key, query_shape, key_shape)
 
     def kept(self, length: int) -> int:
-        """Tokens that each head keeps of so many."""
-        return math.ceil((1 - self.rate) * length)
+        """Most tokens that a head keeps of so many, queries or keys."""
+        return keep_count(min(self.rates), length)
+
+    def side_rates(self, query_heads: int, key_heads: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Returns the shares that each head of queries drops, and those that each head of keys does.
+
+        Raises:
+            ValueError: if there is not one rate for each query head, or those cannot share the key heads.
+        """
+        if not isinstance(self.rate, tuple):
+            return (self.rate,) * query_heads, (self.rate,) * key_heads
+        if len(self.rate) != query_heads:
+            raise ValueError(f"rate must be one number, or one for each of {query_heads} heads, got {len(self.rate)}.")
+        if query_heads % key_heads:
+            raise ValueError(f"key heads must divide query heads, got {query_heads} query and {key_heads} key heads.")
+        group = query_heads // key_heads
+        return self.rate, tuple(min(self.rate[first : first + group]) for first in range(0, query_heads, group))
 
     def draw(
         self, key: PRNGKeyArray, query_shape: tuple[int, int, int], key_shape: tuple[int, int, int]
     ) -> tuple[Bool[Array, "B T N"], Bool[Array, "B S K"]]:
         """Returns which queries and which keys are kept at random."""
         query_key, key_key = jax.random.split(key)
-        drop = functools.partial(random_keep, rate=self.rate, axis_name=self.axis_name)
-        return drop(query_key, query_shape), drop(key_key, key_shape)
+        query_rates, key_rates = self.side_rates(query_shape[2], key_shape[2])
+        drop = functools.partial(random_keep, axis_name=self.axis_name)
+        return drop(query_key, query_shape, query_rates), drop(key_key, key_shape, key_rates)
 
     def plan_kept(
         self,
