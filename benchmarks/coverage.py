@@ -33,8 +33,8 @@ from passes import forward_tiles
 from selection import QUICK_LENGTH
 
 RESULTS = Path(__file__).resolve().parent / "results"
-GPU_LENGTHS = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
-CPU_LENGTHS = GPU_LENGTHS[:-2]
+GPU_LENGTHS = (1024, 4096, 16_384, 65_536)
+CPU_LENGTHS = (1024, 2048, 4096, 8192, 16_384)
 ROUNDS = (1, 2, 4)
 SAMPLES, QUICK_SAMPLES = 256, 32  # queries of each head
 HEADER = (
@@ -51,6 +51,7 @@ def main() -> None:
     platform = jax.default_backend()
     lengths = (QUICK_LENGTH,) if args.quick else args.lengths or (GPU_LENGTHS if platform == "gpu" else CPU_LENGTHS)
     samples = QUICK_SAMPLES if args.quick else SAMPLES
+    settings = [setting for setting in SETTINGS if setting.name in args.settings]
     result: dict[str, Any] = {"environment": environment(), "coverage": [], "speed": []}
     path = args.out or (None if args.quick else RESULTS / f"coverage-{platform}.json")
     with written(result, path) as keep:
@@ -58,7 +59,7 @@ def main() -> None:
         for name, source in _sources(args):
             for length in lengths:
                 vectors = source(length)
-                for setting in SETTINGS:
+                for setting in settings:
                     for record in _covered(setting, vectors, length, args.rounds, samples):
                         result["coverage"].append({"vectors": name, **record})
                         print(_row(result["coverage"][-1]), flush=True)
@@ -66,7 +67,9 @@ def main() -> None:
         if args.no_speed:
             return
         print(SPEED_HEADER)
-        for record in timed_cases(speed_cases(lengths, platform), 1 if args.quick else args.samples):
+        for record in timed_cases(
+            speed_cases(settings, args.rounds, lengths, platform), 1 if args.quick else args.samples
+        ):
             result["speed"].append(record)
             print(_speed_row(record), flush=True)
             keep()
@@ -78,7 +81,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--vectors", nargs="*", choices=KINDS, default=KINDS, help="drawn queries; default all kinds")
     parser.add_argument("--checkpoint", type=Path, help="a run of train.py, whose queries are used too")
     parser.add_argument("--layer", type=int, help="of that run; default the one in the middle")
-    parser.add_argument("--rounds", type=int, nargs="+", default=ROUNDS, help="hashes of which coverage is told")
+    names = [setting.name for setting in SETTINGS]
+    parser.add_argument("--settings", nargs="+", choices=names, default=names, help="default all")
+    parser.add_argument(
+        "--rounds", type=int, nargs="+", default=ROUNDS, help="hashes; 2 are not timed, 4 in one setting"
+    )
     parser.add_argument("--heads", type=int, default=4, help="heads, each with queries of its own")
     parser.add_argument("--no-speed", action="store_true", help="coverage alone")
     parser.add_argument("--quick", action="store_true", help="one tiny length, few queries, one sample of times")

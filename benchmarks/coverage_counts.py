@@ -112,7 +112,8 @@ def _weigh(rounds: Rounds, q, k, queries: Int32[Array, "Q"], after: tuple[int, .
         for number in after:
             union = jnp.any(by_round[:, :number], axis=1)
             among = jnp.take_along_axis(union, jnp.broadcast_to(top[None], (len(SCHEMES), *top.shape)), axis=3)
-            results.append(jnp.stack([among.mean(axis=(2, 3)), jnp.sum(union * weights[None], axis=3).mean(axis=2)]))
+            mass = jnp.sum(jnp.where(union, weights[None], 0.0), axis=3)
+            results.append(jnp.stack([among.mean(axis=(2, 3)), mass.mean(axis=2)]))
         return jnp.stack(results)
 
     return lax.map(of_block, queries.reshape(-1, min(BLOCK, queries.shape[0]))).mean(axis=0)

@@ -1,12 +1,13 @@
 """The calls that are timed beside coverage: ours and Reformer's, from queries and values, and dense attention."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from coverage_settings import SETTINGS, Setting
+from coverage_settings import Setting
 from passes import Call, memory_bytes
 from reformer import hash_rounds, reformer_attention
 from timing import measure
@@ -34,16 +35,18 @@ class SpeedCase(NamedTuple):
         return self.scheme if self.setting is None else f"{self.scheme}-{self.setting.name}-{self.rounds}"
 
 
-def speed_cases(lengths: Sequence[int], platform: str) -> list[SpeedCase]:
-    """Returns what is timed; buckets of "fixed" and "rule" are the same, so that ours is timed in one of them."""
+def speed_cases(
+    settings: Sequence[Setting], rounds: Sequence[int], lengths: Sequence[int], platform: str
+) -> list[SpeedCase]:
+    """Returns what is timed; buckets of "fixed" and "rule" are the same, so that ours is not timed in the latter."""
     cases = []
     for length in lengths if platform == "gpu" else [length for length in lengths if length <= CPU_LENGTH]:
         cases.append(SpeedCase("dense", None, 1, length, platform))
-        for setting in SETTINGS:
-            for rounds in SPEED_ROUNDS[setting.name]:
-                cases.append(SpeedCase("reformer", setting, rounds, length, platform))
+        for setting in settings:
+            for number in [number for number in SPEED_ROUNDS[setting.name] if number in rounds]:
+                cases.append(SpeedCase("reformer", setting, number, length, platform))
                 if setting.name != "rule":
-                    cases.append(SpeedCase("ours", setting, rounds, length, platform))
+                    cases.append(SpeedCase("ours", setting, number, length, platform))
     return cases
 
 
@@ -74,8 +77,7 @@ def _batch(case: SpeedCase) -> int:
 
 def _call(case: SpeedCase) -> Call:
     """Forward and backward of a function of (key, q, v): o, dq, dv. Keys are the queries, normalised."""
-    shape = _batch(case), case.length, HEADS[case.platform], HEAD_DIM
-    q, v, do = jax.random.normal(jax.random.key(0), (3, *shape), jnp.dtype(DTYPES[case.platform]))
+    q, v, do = _tensors((_batch(case), case.length, HEADS[case.platform], HEAD_DIM), DTYPES[case.platform])
 
     def attention(key, q, v):
         if case.setting is None:
@@ -91,3 +93,9 @@ def _call(case: SpeedCase) -> Call:
         return o, *pull_back(do)
 
     return Call(jax.jit(step), (jax.random.key(1), q, v, do))
+
+
+@functools.cache
+def _tensors(shape: tuple[int, ...], dtype: str) -> list[jax.Array]:
+    """Standard normal ones."""
+    return [jax.random.normal(key, shape, jnp.dtype(dtype)) for key in jax.random.split(jax.random.key(0), 3)]
