@@ -26,7 +26,7 @@ from typing import Any
 import jax
 from coverage_counts import SCHEMES, count_pairs, hashed_rounds, weigh_pairs
 from coverage_settings import SETTINGS, Setting
-from coverage_speed import speed_cases, timed_cases
+from coverage_speed import DTYPES, speed_cases, timed_cases
 from coverage_vectors import KINDS, Vectors, drawn, of_run
 from environment import environment, written
 from passes import forward_tiles
@@ -37,6 +37,7 @@ GPU_LENGTHS = (1024, 4096, 16_384, 65_536)
 CPU_LENGTHS = (1024, 2048, 4096, 8192, 16_384)
 ROUNDS = (1, 2, 4)
 SAMPLES, QUICK_SAMPLES = 256, 32  # queries of each head
+SEED = 1  # of hashes, the same at each length, and of sampled queries
 HEADER = (
     "shares of same-bucket pairs, of the 32 largest weights, and of all weights; computed: of dense causal's pairs\n"
     f"{'vectors':<10}{'setting':<9}{'T':>7}{'buckets':>8}{'chunk':>7}{'rounds':>7}{'density':>9}"
@@ -107,12 +108,12 @@ def _covered(
     """Counts after each of several numbers of rounds, of which the fewer are the first ones of the more."""
     start = time.perf_counter()
     num_buckets, chunk = setting.buckets(length), setting.chunk(length)
-    rounds, plans = hashed_rounds(vectors, num_buckets, chunk, max(after), seed=length)
+    rounds, plans = hashed_rounds(vectors, num_buckets, chunk, max(after), SEED)
     counts = count_pairs(rounds, after)
-    weights = weigh_pairs(rounds, vectors, after, samples, seed=length)
+    weights = weigh_pairs(rounds, vectors, after, samples, SEED)
     heads, head_dim = vectors.q.shape[2:]
     causal = heads * length * (length - 1) // 2
-    tiles = [forward_tiles(plan, str(vectors.q.dtype), head_dim, None) for plan in plans]
+    tiles = [forward_tiles(plan, DTYPES[jax.default_backend()], head_dim, None) for plan in plans]
     tiled = [each.executed_tiles * each.block_q * each.block_k / causal for each in tiles]
     chunked = 2 * chunk * -(-length // chunk) * chunk * heads / causal
     seconds = time.perf_counter() - start
