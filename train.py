@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 from rich.console import Console
 
+from models.transformer import TransformerConfig
 from training.batches import Batches, EvaluationBatch, evaluation_batches
 from training.check import check
 from training.checkpoint import Checkpoints, restore
@@ -43,6 +44,9 @@ from training.stopping import StopRequest
 from training.throughput import Throughput, peak_bytes
 from training.tokens import Tokenizer, load_tokenizer
 
+ModelStructure = Callable[[TransformerConfig], nnx.GraphDef]
+"""The structure of a model of this shape, as `structure_of` gives it; its name is `str` of it."""
+
 
 class Run(NamedTuple):
     """What a run is made of; only the state changes."""
@@ -70,10 +74,10 @@ class Run(NamedTuple):
         return list(evaluation_batches(self.corpus.held_out, size, length, windows, packing))
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], model_structure: ModelStructure = structure_of) -> int:
     """Runs the command line; returns the exit status. One of several processes that fails leaves at once."""
     try:
-        status = run_command(arguments)
+        status = run_command(arguments, model_structure)
     except Exception:
         if not jax.distributed.is_initialized():
             raise
@@ -84,14 +88,14 @@ def main(arguments: Sequence[str]) -> int:
     return status
 
 
-def run_command(arguments: Sequence[str]) -> int:
+def run_command(arguments: Sequence[str], model_structure: ModelStructure = structure_of) -> int:
     """Trains; says in a line what went wrong."""
     try:
         config = read_settings(arguments)
         join(config.distributed)
         check(config)
         with StopRequest(config.max_minutes) as stop:
-            train(config, JointStop(stop), Console(quiet=not is_first()))
+            train(config, JointStop(stop), Console(quiet=not is_first()), model_structure)
     except (ConfigError, DataError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
@@ -109,8 +113,10 @@ def run_command(arguments: Sequence[str]) -> int:
     return 0
 
 
-def train(config: TrainConfig, stop: JointStop, console: Console) -> None:
-    """Trains, from the settings to the sample."""
+def train(
+    config: TrainConfig, stop: JointStop, console: Console, model_structure: ModelStructure = structure_of
+) -> None:
+    """Trains, from the settings to the sample; another structure is another model with the same parameters."""
     check_same("settings", shared_settings(config))
     layout = make_layout(config)
     folder = choose_folder_together(config)
@@ -121,10 +127,10 @@ def train(config: TrainConfig, stop: JointStop, console: Console) -> None:
     model_config = transformer_config(config, tokenizer.vocab_size)
     optimizer = make_optimizer(config.optimizer, config.steps)
     ema, skip = config.optimizer.ema, config.optimizer.non_finite == "skip"
-    structure, state = init_state(
-        model_config, optimizer, config.seed, layout, average=ema is not None, skip_non_finite=skip
-    )
+    _, state = init_state(model_config, optimizer, config.seed, layout, average=ema is not None, skip_non_finite=skip)
     belongs_to = resolved_identity(config) | {"text": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
+    if model_structure is not structure_of:
+        belongs_to["structure"] = str(model_structure)
     if folder.resume_from is not None:
         state = restore(folder.resume_from, state, belongs_to)
 
@@ -136,9 +142,9 @@ def train(config: TrainConfig, stop: JointStop, console: Console) -> None:
         tokenizer=tokenizer,
         corpus=corpus,
         layout=layout,
-        structure=structure,
+        structure=model_structure(model_config),
         train_step=make_train_step(
-            structure_of(layout.training_model(model_config)),
+            model_structure(layout.training_model(model_config)),
             optimizer,
             config.seed,
             end_token,
@@ -148,7 +154,7 @@ def train(config: TrainConfig, stop: JointStop, console: Console) -> None:
             fixed_draws=config.model.fixed_draws,
         ),
         evaluation_step=make_evaluation_step(
-            structure_of(layout.evaluation_model(model_config)), config.seed, end_token, packed=packed
+            model_structure(layout.evaluation_model(model_config)), config.seed, end_token, packed=packed
         ),
         checkpoints=Checkpoints(folder.checkpoints, config.checkpoint.keep, belongs_to),
         metrics=MetricsLog(folder.metrics if is_first() else None, int(state.step)),

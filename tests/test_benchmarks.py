@@ -274,3 +274,28 @@ with written(result, pathlib.Path(sys.argv[2])):
     assert run.returncode == 1
     assert "stopped by SIGTERM" in run.stderr
     assert json.loads(path.read_text()) == {"cases": [1]}
+
+
+def test_coverage_counts_and_times_both_schemes(tmp_path):
+    out = tmp_path / "coverage.json"
+    few = ("--vectors", "skewed", "--settings", "fixed", "--rounds", 1, "--heads", 2)
+    done = _run("coverage.py", "--quick", *few, "--out", out)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    _check_environment(result["environment"])
+    assert _finite(result)
+    (record,) = result["coverage"]
+    assert (record["vectors"], record["buckets"], record["chunk"]) == ("skewed", 16, 64)
+    # Skewed: a bucket is longer than two chunks.
+    assert record["covered"]["ours"] == 1 > record["covered"]["reformer"] > 0.5
+    for share in ("top", "mass"):
+        shares = record[share]
+        assert 1 > shares["same_bucket"] == shares["ours"] >= shares["reformer"] > 0
+    assert record["computed"]["reformer"] == 2 * 64 * 256 / (256 * 255 / 2)
+    assert [speed["scheme"] for speed in result["speed"]] == ["dense", "reformer-fixed-1", "ours-fixed-1"]
+    assert all(speed["seconds"]["median"] > 0 for speed in result["speed"])
+
+    picture = tmp_path / "coverage.png"
+    done = _run("plot_coverage.py", "--result", out, "--out", picture)
+    assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -53,6 +53,8 @@ def load_trained(path: Path) -> Trained:
     saved, settings = saved_identity(checkpoint), identity(config)
     if saved.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
         raise CheckpointError(f"{checkpoint} was trained with another tokenizer than {config.data.tokenizer} is now")
+    if "structure" in saved:
+        raise CheckpointError(f"{checkpoint} is of another model, {saved['structure']}")
     for name, value in settings.items():
         if name.startswith(_OF_MODEL) and saved.get(name) != value:
             raise CheckpointError(

@@ -1,0 +1,153 @@
+"""Draws what Reformer's chunks cover, and what they cost, by length, beside exact buckets.
+
+python benchmarks/plot_coverage.py                 docs/coverage.png, from results/coverage-gpu.json or else of a CPU
+python benchmarks/plot_coverage.py --result FILE   from another result of coverage.py
+
+Where the result has no times, the last panel has the pairs that are computed.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from environment import ROOT
+from plot import GRID, INK
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PICTURE = ROOT / "docs" / "coverage.png"
+OURS, DENSE = "#0072B2", "#777777"  # Okabe and Ito, and grey
+COLOURS = {"fixed": "#D55E00", "rule": "#E69F00", "growing": "#009E73"}
+OURS_GROWING = "#56B4E9"
+NAMES = {
+    "fixed": "16 buckets, chunks of 64",
+    "rule": "16 buckets, chunks of T / 8",
+    "growing": "T / 512 buckets, chunks of 1024",
+}
+OURS_NAMES = {"fixed": "16 buckets", "growing": "T / 512 buckets"}
+DASHED = (0, (4, 2))
+ROUNDS = 4  # beside one
+
+Records = list[dict[str, Any]]
+
+
+def main() -> None:
+    """Draws."""
+    parser = argparse.ArgumentParser(description="Draws coverage and time by length.")
+    parser.add_argument("--result", type=Path, help="JSON of coverage.py; default results/coverage-gpu.json, or -cpu")
+    parser.add_argument("--out", type=Path, default=PICTURE, help="PNG or SVG; default docs/coverage.png")
+    args = parser.parse_args()
+    measured = [RESULTS / "coverage-gpu.json", RESULTS / "coverage-cpu.json"]
+    path = args.result or next((path for path in measured if path.exists()), None)
+    if path is None:
+        parser.error("there is no result: run benchmarks/coverage.py")
+    draw(json.loads(path.read_text()), args.out)
+    print(f"written to {args.out}, from {path.name}")
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Writes the figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13.2, 5.2))
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.06)
+    pairs, weights, cost = figure.subplots(1, 3)
+    coverage, on = result["coverage"], result["environment"]
+    _draw_pairs(pairs, coverage)
+    kinds = {record["vectors"] for record in coverage}
+    vectors = next((kind for kind in ("trained", "clusters") if kind in kinds), coverage[0]["vectors"])
+    _draw_weights(weights, [record for record in coverage if record["vectors"] == vectors], vectors)
+    if result["speed"]:
+        _draw_times(cost, result["speed"], on["device"].split(" x ", 1)[1])
+    else:
+        _draw_computed(cost, [record for record in coverage if record["vectors"] == vectors])
+    for ax, measured in ((pairs, coverage), (weights, coverage), (cost, result["speed"] or coverage)):
+        _finish(ax, sorted({record["length"] for record in measured}))
+    figure.legend(handles=_legend(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.suptitle("Exact buckets and Reformer's chunks, by length", color=INK, fontweight="bold")
+    figure.savefig(path, dpi=110)
+
+
+def _draw_pairs(ax: Any, coverage: Records) -> None:
+    shown = [kind for kind in ("even", "skewed") if any(record["vectors"] == kind for record in coverage)]
+    for kind in shown:
+        style = "-" if kind == "even" else DASHED
+        of_kind = [record for record in coverage if record["vectors"] == kind and record["rounds"] == 1]
+        for setting, colour in COLOURS.items():
+            _line(ax, of_kind, setting, lambda record: record["covered"]["reformer"], colour, style)
+        _line(ax, of_kind, "fixed", lambda record: record["covered"]["ours"], OURS, style)
+    _shares(ax, "same-bucket pairs that are shown\n(dashed: skewed buckets)")
+
+
+def _draw_weights(ax: Any, of_kind: Records, vectors: str) -> None:
+    for rounds, style in ((1, "-"), (ROUNDS, DASHED)):
+        records = [record for record in of_kind if record["rounds"] == rounds]
+        for setting, colour in COLOURS.items():
+            _line(ax, records, setting, lambda record: record["top"]["reformer"], colour, style)
+        for setting, colour in (("fixed", OURS), ("growing", OURS_GROWING)):
+            _line(ax, records, setting, lambda record: record["top"]["ours"], colour, style)
+    source = "of a trained model" if vectors == "trained" else f"vectors: {vectors}"
+    _shares(ax, f"32 largest weights that are shown\n({source}; dashed: {ROUNDS} rounds)")
+
+
+def _draw_computed(ax: Any, of_kind: Records) -> None:
+    records = [record for record in of_kind if record["rounds"] == 1]
+    for setting, colour in COLOURS.items():
+        _line(ax, records, setting, lambda record: record["computed"]["reformer"], colour, "-")
+    for setting, colour in (("fixed", OURS), ("growing", OURS_GROWING)):
+        _line(ax, records, setting, lambda record: record["computed"]["ours"], colour, "-")
+    ax.set_yscale("log")
+    ax.axhline(1, color=DENSE, linewidth=1)
+    ax.set_title("pairs that are computed, over dense causal's", color=INK, fontsize=11)
+
+
+def _draw_times(ax: Any, speed: Records, device: str) -> None:
+    timed = [record for record in speed if "seconds" in record]
+    milliseconds = lambda record: 1e3 * record["seconds"]["median"]
+    for rounds, style in ((1, "-"), (ROUNDS, DASHED)):
+        for scheme, colours in (("reformer", COLOURS), ("ours", {"fixed": OURS, "growing": OURS_GROWING})):
+            records = [r for r in timed if r["scheme"].startswith(scheme) and r["rounds"] == rounds]
+            for setting, colour in colours.items():
+                _line(ax, records, setting, milliseconds, colour, style)
+    dense = sorted((record["length"], milliseconds(record)) for record in timed if record["scheme"] == "dense")
+    ax.plot(*zip(*dense, strict=True), color=DENSE, marker="o", markersize=3)
+    ax.set_yscale("log")
+    ax.set_title(f"ms, forward + backward, {device}\n(dashed: {ROUNDS} rounds)", color=INK, fontsize=11)
+
+
+def _line(ax: Any, records: Records, setting: str, value: Any, colour: str, style: Any) -> None:
+    points = sorted((record["length"], value(record)) for record in records if record["setting"] == setting)
+    if points:
+        ours = colour in (OURS, OURS_GROWING)  # below, and wide enough to be seen where lines are one
+        look: dict[str, Any] = {"linewidth": 3.6, "zorder": 2} if ours else {"linewidth": 1.4, "zorder": 3}
+        ax.plot(*zip(*points, strict=True), color=colour, linestyle=style, marker="o", markersize=3.5, **look)
+
+
+def _shares(ax: Any, title: str) -> None:
+    ax.set_ylim(0, 1.04)
+    ax.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
+    ax.set_title(title, color=INK, fontsize=11)
+
+
+def _finish(ax: Any, lengths: list[int]) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(lengths, [f"{length / 1024:g}k" for length in lengths])
+    ax.minorticks_off()
+    ax.grid(color=GRID)
+    ax.set_axisbelow(True)
+    ax.set_xlabel("tokens of a sequence", color=INK)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+
+
+def _legend() -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    entries = [(OURS, f"ours, {OURS_NAMES['fixed']}"), (OURS_GROWING, f"ours, {OURS_NAMES['growing']}")]
+    entries.append((DENSE, "dense causal attention"))
+    entries += [(colour, f"Reformer, {NAMES[setting]}") for setting, colour in COLOURS.items()]
+    return [Line2D([], [], color=colour, label=label, marker="o", markersize=4) for colour, label in entries]
+
+
+if __name__ == "__main__":
+    main()
