@@ -1,6 +1,7 @@
 """Which language models are trained side by side: each a name and the settings in which it differs from the others."""
 
 import fnmatch
+import re
 from typing import NamedTuple
 
 TOKENS = 32_768  # of a step, at any length
@@ -47,6 +48,29 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 """What the layers see, by name."""
 
+_WORDS = {
+    "dense": "dense, cuDNN",
+    "hash": "{} buckets",
+    "qk": "{} % of q and k dropped",
+    "window": "window of 1024, 4 sinks",
+    "centred": "centred",
+    "with-self": "itself included",
+    "fixed": "fixed hashes",
+    "rounds": "{} rounds",
+    "local-hash": "window of 128 and {} buckets, by turns",
+    "local-dense": "window of 128, every fourth layer dense",
+    "hash-dense": "{} buckets, every fourth layer dense",
+}
+
+
+def in_words(attention: str) -> str:
+    """A name of `KINDS` in words, but for whose keys it has."""
+    parts = attention.removesuffix("-own-keys")
+    if (name := re.sub(r"\d", "", parts)) in _WORDS:
+        return _WORDS[name].format(re.sub(r"\D", "", parts))
+    first, rest = parts.split("-", 1)
+    return f"{in_words(first)}, {in_words(rest)}"
+
 
 class Run(NamedTuple):
     """A run of `train.py`.
@@ -55,25 +79,35 @@ class Run(NamedTuple):
         text: "enwik8" or "eltec".
         length: tokens of a sequence.
         steps: of the optimizer, of `TOKENS` tokens each.
-        kind: of `KINDS`.
+        attention: of `KINDS`.
         seed: of parameters, hashes, drops and the order of the text.
     """
 
     text: str
     length: int
     steps: int
-    kind: str
+    attention: str
     seed: int = 0
 
     def __str__(self) -> str:
-        return f"{self.text}-{self.length // 1024}k-{self.steps}-{self.kind}-seed{self.seed}"
+        return f"{self.text}-{self.length // 1024}k-{self.steps}-{self.attention}-seed{self.seed}"
+
+    @property
+    def size(self) -> int:
+        """Sequences of a step."""
+        return max(1, TOKENS // self.length)
+
+    @property
+    def tokens_of_step(self) -> int:
+        """Tokens that a step learns from."""
+        return self.size * self.length
 
     def settings(self) -> list[str]:
         """The arguments of `train.py`, but for folders and time."""
-        shape = {"length": self.length, "size": max(1, TOKENS // self.length)}
+        shape = {"length": self.length, "size": self.size}
         batch = [word for name, value in shape.items() for word in (f"--batch.{name}", str(value))]
         chosen = ["--data", self.text, "--steps", str(self.steps), "--seed", str(self.seed), *batch]
-        return [*COMMON, *chosen, *KINDS[self.kind]]
+        return [*COMMON, *chosen, *KINDS[self.attention]]
 
 
 STEPS = 1000

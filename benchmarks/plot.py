@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from environment import ROOT
+from language_results import RESULTS as LANGUAGE
+from plot_language import draw_language
 from plot_sweeps import draw_sweeps
 from sweep_results import SWEEPS, paper
 from tables import PAGES, SHOWN, SINGLE, SWEPT, Records, load, tables, write_pages
@@ -39,9 +41,10 @@ def main() -> None:
         print(*(f"{name}\n\n{table}\n" for name, table in tables().items()), sep="\n")
         return
     draw(args.out)
-    swept = draw_sweeps(SWEEPS, args.out.parent) if SWEEPS.exists() else []
+    drawn = draw_sweeps(SWEEPS, args.out.parent) if SWEEPS.exists() else []
+    drawn += draw_language(LANGUAGE, args.out.parent) if LANGUAGE.exists() else []
     write_pages()
-    print(f"written to {', '.join(map(str, (args.out, *swept, *PAGES)))}")
+    print(f"written to {', '.join(map(str, (args.out, *drawn, *PAGES)))}")
 
 
 def draw(path: Path) -> None:

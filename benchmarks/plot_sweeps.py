@@ -45,7 +45,7 @@ def _draw_times(
     path: Path, environment: dict[str, Any], rows: Rows, title: str, patterns: tuple[str, ...], masked: str
 ) -> None:
     """A row of panels for each part, a column for each number of heads."""
-    figure = _figure(10.4, 11.8)
+    figure = figure_of(10.4, 11.8)
     heads = [n for n in HEADS if any(key[2] == n for key in rows)] or sorted({key[2] for key in rows})
     panels = figure.subplots(len(PARTS), len(heads), sharex=True, sharey="row", squeeze=False)
     for i, part in enumerate(PARTS):
@@ -60,8 +60,8 @@ def _draw_times(
     handles = {}
     for ax in panels.flat:
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    _legend(figure, environment, handles.values(), labels=list(handles), ncols=4, handlelength=3)
-    _finish_figure(figure, title, path)
+    legend(figure, environment, handles.values(), labels=list(handles), ncols=4, handlelength=3)
+    finish_figure(figure, title, path)
 
 
 def _draw_panel(ax: Any, rows: Rows, part: str, heads: int, patterns: tuple[str, ...], masked: str) -> None:
@@ -87,7 +87,7 @@ def _draw_speedups(path: Path, environment: dict[str, Any], rows: Rows) -> None:
     measured = paper()
     heads, length, ms = measured["heads"], measured["length"], measured["forward_backward_ms"]
     dense = rows.get(("dense", "causal", heads, length), {}).get("forward_backward")
-    figure = _figure(10.4, 5.4)
+    figure = figure_of(10.4, 5.4)
     axes = figure.subplots(1, 2, sharey=True)
     for ax, patterns in zip(axes, (HASHED, QK), strict=True):
         colour = _colours(patterns)[-3]
@@ -101,7 +101,7 @@ def _draw_speedups(path: Path, environment: dict[str, Any], rows: Rows) -> None:
         ax.axhline(1, color=INK, linewidth=1)
         ax.set_xticks(at, [_number(pattern) for pattern in patterns])
         ax.margins(x=0.08)
-        _finish(ax)
+        finish(ax)
     axes[0].set_title("Hash-sparse", color=INK)
     axes[0].set_xlabel("buckets", color=INK)
     axes[1].set_title("QK-sparse", color=INK)
@@ -111,9 +111,9 @@ def _draw_speedups(path: Path, environment: dict[str, Any], rows: Rows) -> None:
     ticks = [2**i for i in range(-1, 7)]
     axes[0].set_yticks(ticks, [f"{x:g}x" for x in ticks])
     axes[0].set_ylim(0.6, 90)
-    _legend(figure, environment, _speedup_entries(environment, measured), ncols=3)
+    legend(figure, environment, _speedup_entries(environment, measured), ncols=3)
     title = f"Forward + backward over dense attention, batch {measured['batch']}, {heads} heads, {length} tokens"
-    _finish_figure(figure, title, path)
+    finish_figure(figure, title, path)
 
 
 def _draw_points(ax: Any, points: list[tuple[int, float]], colour: Any, *, above: bool, **style: Any) -> None:
@@ -145,7 +145,8 @@ def _speedup_entries(environment: dict[str, Any], measured: dict[str, Any]) -> l
     ]
 
 
-def _figure(width: float, height: float) -> Any:
+def figure_of(width: float, height: float) -> Any:
+    """A figure of so many inches, whose panels and legends make room for one another."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
@@ -158,10 +159,11 @@ def _finish_times(ax: Any, lengths: list[int]) -> None:
     ax.set_yscale("log")
     ax.set_xticks(lengths, [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths])
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-    _finish(ax)
+    finish(ax)
 
 
-def _finish(ax: Any) -> None:
+def finish(ax: Any) -> None:
+    """Draws a panel's grid and no more frame than it needs."""
     ax.minorticks_off()
     ax.grid(color=GRID)
     ax.set_axisbelow(True)
@@ -169,7 +171,7 @@ def _finish(ax: Any) -> None:
         ax.spines[side].set_visible(False)
 
 
-def _legend(figure: Any, environment: dict[str, Any], handles: Any, **options: Any) -> None:
+def legend(figure: Any, environment: dict[str, Any], handles: Any, **options: Any) -> None:
     """Puts the legend below all panels, with what was measured on what as its title."""
     commit = (environment["commit"] or "of no repository")[:7]
     title = f"{_device(environment)}, jax {environment['jax']}, commit {commit}"
@@ -181,7 +183,8 @@ def _device(environment: dict[str, Any]) -> str:
     return environment["device"].split(" x ", 1)[-1]
 
 
-def _finish_figure(figure: Any, title: str, path: Path) -> None:
+def finish_figure(figure: Any, title: str, path: Path) -> None:
+    """Gives the figure its title and writes it."""
     figure.suptitle(title, color=INK, fontweight="bold")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import ROOT
+from language_tables import language_tables
 from markdown_table import markdown, source
 from sweep_tables import sweep_tables
 from time_shares import PACKAGE
@@ -61,6 +62,7 @@ def tables() -> dict[str, str]:
         "patterns": _patterns(),
         "two-devices": _two_devices(),
         **sweep_tables(),
+        **language_tables(),
     }
 
 

@@ -1,0 +1,66 @@
+"""The tables of what `language_models.py` measured: how well each kind learns, and how much sooner than dense."""
+
+from language_results import RESULTS, Curve, load_curves, sooner
+from language_runs import GROUPS, in_words
+from markdown_table import markdown, source
+
+DENSE = "dense-own-keys"
+
+
+def language_tables() -> dict[str, str]:
+    """Returns each table by the name in its markers; none where nothing has been measured."""
+    curves = load_curves() if RESULTS.exists() else {}
+    chosen = [curves[run] for run in GROUPS["choices"] if run in curves]
+    if not chosen:
+        return {}
+    pairs = headline_pairs(curves)
+    return {
+        "language-models": f"{_choices(chosen)}\n\n{source(chosen[0].environment)}.",
+        "sooner": f"{_sooner(pairs)}\n\n{source(pairs[-1][0].environment)}.",
+    }
+
+
+def headline_pairs(curves: dict) -> list[tuple[Curve, Curve]]:
+    """The dense and the sparse run of each length and seed of the headline, where both are done."""
+    runs = GROUPS["headline"]
+    pairs = zip(runs[::2], runs[1::2], strict=True)
+    return [(curves[dense], curves[sparse]) for dense, sparse in pairs if dense in curves and sparse in curves]
+
+
+def _choices(curves: list[Curve]) -> str:
+    """All kinds at one length, the best first."""
+    speed = {curve.run.attention: curve.tokens_per_second() for curve in curves}
+    quality = ["held-out loss, nats a byte", "bits per byte"]
+    rows = [["layers", "keys", *quality, "tokens/s", "over dense", "visible, last step", "peak memory"]]
+    for curve in sorted(curves, key=lambda curve: curve.final["loss"]):
+        name = curve.run.attention
+        rows.append(
+            [
+                in_words(name),
+                "own" if name.endswith("-own-keys") else "shared",
+                f"{curve.final['loss']:.3f}",
+                f"{curve.final['bits_per_byte']:.3f}",
+                f"{speed[name] / 1e3:.0f} k",
+                f"{speed[name] / speed[DENSE]:.2f}x",
+                f"{curve.visible[-1].mean():.3g}",
+                "-" if curve.peak_bytes is None else f"{curve.peak_bytes / 2**30:.1f} GiB",
+            ]
+        )
+    return markdown(rows)
+
+
+def _sooner(pairs: list[tuple[Curve, Curve]]) -> str:
+    """Dense against the sparse model of the headline."""
+    names = ["dense", in_words(pairs[0][1].run.attention)]
+    columns = [f"{name}, {what}" for what in ("bits per byte", "tokens/s") for name in names]
+    rows = [["T", "seed", *columns, "loss of dense, late", "reached by dense", "by the other", "sooner"]]
+    for dense, sparse in pairs:
+        both = dense, sparse
+        met = sooner(dense, sparse)
+        at = (
+            ["-"] * 4 if met is None else [f"{met[0]:.3f}", *(f"{x:.0f} s" for x in met[1:]), f"{met[1] / met[2]:.1f}x"]
+        )
+        bits = [f"{curve.final['bits_per_byte']:.3f}" for curve in both]
+        speeds = [f"{curve.tokens_per_second() / 1e3:.0f} k" for curve in both]
+        rows.append([str(dense.run.length), str(dense.run.seed), *bits, *speeds, *at])
+    return markdown(rows)
