@@ -71,7 +71,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         dataclasses.replace(_PAPER_8K, name="paper-16k", batch=BatchConfig(length=16_384, size=2, accumulation=15)),
     ),
     "mnist": (
-        "hash-sparse model of MNIST's images, 784 pixels one after another (--data-dir), 14 M parameters: minutes on"
+        "hash-sparse model of MNIST's images, 784 pixels one after another (--data-dir), 13 M parameters: minutes on"
         " one GPU",
         _MNIST,
     ),
