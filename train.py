@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a sparse-attention language model on text: config -> data -> model -> step -> loop -> evaluation -> sample."""
+"""Train a sparse-attention model on text or pixels: config -> data -> model -> step -> loop -> evaluation -> sample."""
 
 import contextlib
 import sys
@@ -24,7 +24,9 @@ from training.mesh import Layout, make_layout
 from training.metrics import MetricsLog, recent_mean
 from training.model import automatic_choice, resolved_identity, transformer_config
 from training.optimizer import learning_rate, make_optimizer
+from training.pictures import complete_held_out
 from training.plot import plot_loss
+from training.png import write_png
 from training.processes import JointStop, advice, another_is_gone, check_same, is_first, join, leave, shared_settings
 from training.progress import TrainProgress
 from training.report import Report
@@ -287,16 +289,10 @@ def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
         baseline = unigram(run.corpus.train, run.tokenizer.vocab_size, held_out)
         at_lengths = [{"length": length} | result._asdict() for length, result in lengths.items()]
         run.metrics.write("final", done, **quality._asdict(), unigram=baseline._asdict(), lengths=at_lengths)
-        text = None
         try:
-            text = continue_held_out(run.config, run.structure, params, run.corpus.held_out, run.tokenizer)
+            (write_text if run.corpus.image_shape is None else write_picture)(run, params, done, say)
         except NotImplementedError as error:
             say(f"no sample: {error}")
-        if text is not None:
-            with writing(run.folder.sample):
-                run.folder.sample.write_text(text.prompt + text.continuation, "utf-8")
-            say(f"\n--- held-out text ---\n{text.prompt}\n--- its sampled continuation ---\n{text.continuation}\n---")
-            run.metrics.write("sample", done, **text._asdict())
         speed = {"tokens_per_second": tokens_per_second, "peak_bytes": peak_bytes()}
         run.metrics.write("end", done, reason=reason, **speed)
         say(f"\ntraining loss {recent_mean(run.folder.metrics, 'loss'):.3f} nats a token (mean of the last records)")
@@ -314,6 +310,26 @@ def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
     with writing(run.folder.plot):
         drawn = plot_loss(run.folder.metrics, run.folder.plot, None if baseline is None else baseline.loss)
     say(f"plot       {run.folder.plot if drawn else 'none (needs matplotlib and a logged step)'}")
+
+
+def write_text(run: Run, params: nnx.State, done: int, say: Callable[[str], None]) -> None:
+    """Samples how held-out text goes on."""
+    text = continue_held_out(run.config, run.structure, params, run.corpus.held_out, run.tokenizer)
+    if text is not None:
+        with writing(run.folder.sample):
+            run.folder.sample.write_text(text.prompt + text.continuation, "utf-8")
+        say(f"\n--- held-out text ---\n{text.prompt}\n--- its sampled continuation ---\n{text.continuation}\n---")
+        run.metrics.write("sample", done, **text._asdict())
+
+
+def write_picture(run: Run, params: nnx.State, done: int, say: Callable[[str], None]) -> None:
+    """Samples how held-out images go on."""
+    picture = complete_held_out(run.config, run.structure, params, run.corpus, run.tokenizer)
+    if picture is not None:
+        with writing(run.folder.picture):
+            write_png(run.folder.picture, picture)
+        say(f"sample     {run.folder.picture}: held-out images, and below each its sampled completion")
+        run.metrics.write("sample", done, picture=run.folder.picture.name)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def generate(
 
     Raises:
         NotImplementedError: if a layer looks ahead, by learned scores or by means of blocks, or hashes in rounds.
-        ValueError: if a prompt is empty, `count` is below 1, or P + count exceeds the learned positions.
+        ValueError: if a prompt is empty, `count` is below 1, or P + count - 1 exceeds the learned positions.
     """
     decoder, params, decoded = _begin(
         model, prompt, count, key, pattern_key, sampler, lengths, document_end, packed, stop_token
@@ -153,7 +153,8 @@ def _begin(model, prompt, count, key, pattern_key, sampler, lengths, document_en
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}.")
     total = width + count
-    model = cacheable(model, total, documents=document_end is not None)
+    # The last token that is drawn is seen by none, and needs no position.
+    model = cacheable(model, total - 1, documents=document_end is not None)
     structure, state = nnx.split(model)
     params, params_tree = jax.tree.flatten(state)
     decoder = _decoder(structure, params_tree, sampler, document_end, packed, stop_token)

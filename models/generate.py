@@ -56,6 +56,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         sampler = _sampler(config)
         trained = load_trained(config.run)
+        if trained.config.data.images:
+            raise ConfigError(f"{config.run} has learned images, and no text: python -m models.draw draws them")
         prompt = _prompt_tokens(config, trained)
         for number in range(config.samples):
             _write_sample(config, trained, prompt, sampler, number)

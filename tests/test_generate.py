@@ -203,7 +203,7 @@ def test_documents_that_begin_while_tokens_are_drawn(packed):
         ({"attention": BlockTopK(8, 2)}, NotImplementedError, r"BlockTopK\(.*mean of a whole block"),
         ({"attention": Hash(4, rounds=2)}, NotImplementedError, r"Hash\(.* has several rounds.*use rounds=1"),
         ({"attention": Hash(4, centred=True), "document_end": END}, ValueError, "across documents"),
-        ({"positions": "learned", "count": 14}, ValueError, "max_length=24"),
+        ({"positions": "learned", "count": 15}, ValueError, "max_length=24"),
         ({"count": 0}, ValueError, "count must be at least 1"),
         ({"prompt": np.zeros((1, 0), np.int32)}, ValueError, "one token, got shape"),
         ({"lengths": np.asarray([11, 0])}, ValueError, "lengths must be"),

@@ -1,7 +1,7 @@
 """Which tokens a step sees: a pure function of (seed, step), so that resuming needs no loader state.
 
-`windows.py` and `packing.py` say what the rows are. Here `grain` gives them to steps and processes, and reads
-ahead of the steps while the device works.
+`windows.py`, `packing.py` and `single_rows.py` say what the rows are. Here `grain` gives them to steps and processes,
+and reads ahead of the steps while the device works.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from training.config import BatchConfig, Packing
 from training.data import Stream
 from training.errors import ConfigError
 from training.packing import PackedRows
+from training.single_rows import SingleRows
 from training.windows import ENDLESS, Windows
 
 # Rows lie in memory: a thread has the next batch long before a step is done, and a few make up for a slow moment.
@@ -47,7 +48,7 @@ class Batches:
         shape: accumulation, sequences and tokens of a global batch.
         seed: decides the order.
         shard: rows to read of each global batch, which is the same whatever the number of processes; default all.
-        packing: "stream" for rows of `Windows`, "documents" for those of `PackedRows`.
+        packing: "stream" for rows of `Windows`, "documents" for those of `PackedRows`, "single" for `SingleRows`.
 
     Raises:
         ConfigError: the processes cannot have equal parts of a batch.
@@ -80,9 +81,9 @@ class Batches:
         return iter(self._steps[step:].to_iter_dataset(_READ_AHEAD))
 
     @functools.cached_property
-    def packed(self) -> PackedRows | None:
+    def packed(self) -> PackedRows | SingleRows | None:
         """The rows that documents are packed into, of every epoch; None for windows of the stream."""
-        return PackedRows.of(self.tokens, self.shape.length) if self.packing == "documents" else None
+        return _packed(self.tokens, self.shape.length, self.packing)
 
     @functools.cached_property
     def _steps(self) -> grain.MapDataset[np.ndarray]:
@@ -95,6 +96,16 @@ class Batches:
             rows = grain.MapDataset.source(self.packed).shuffle(seed).repeat(ENDLESS // len(self.packed))
         parts = self.shard.count
         return rows.batch(self.shape.size // parts)[self.shard.index :: parts].batch(self.shape.accumulation)
+
+
+def _packed(tokens: np.ndarray, length: int, packing: Packing) -> PackedRows | SingleRows | None:
+    match packing:
+        case "stream":
+            return None
+        case "documents":
+            return PackedRows.of(tokens, length)
+        case "single":
+            return SingleRows.of(tokens, length)
 
 
 class EvaluationBatch(NamedTuple):
@@ -114,7 +125,7 @@ class EvaluationBatch(NamedTuple):
 def evaluation_batches(
     stream: Stream, size: int, length: int, windows: int, packing: Packing = "stream"
 ) -> Iterator[EvaluationBatch]:
-    """Rows spread evenly over the held-out stream: windows of it, or packed documents.
+    """Rows spread evenly over the held-out stream: windows of it, or documents.
 
     Args:
         stream: held-out text.
@@ -123,7 +134,7 @@ def evaluation_batches(
         windows: most rows to take; 0 takes all.
         packing: as in `Batches`.
     """
-    packed = PackedRows.of(stream.tokens, length) if packing == "documents" else None
+    packed = _packed(stream.tokens, length, packing)
     available = -(-(len(stream.tokens) - 1) // length) if packed is None else len(packed)
     count = min(windows, available) if windows else available
     chosen = np.linspace(0, available - 1, count).round().astype(int) if count > 1 else np.zeros(1, int)

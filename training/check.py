@@ -33,6 +33,7 @@ def check(config: TrainConfig) -> None:
         given = getattr(config.data, name) != getattr(defaults, name)
         if given and not config.data.source.startswith(PREFIX):
             raise ConfigError(f"--data.{name} needs a Hugging Face data set, --data {PREFIX}NAME_OR_PATH")
+    _check_single_documents(config)
     _check_heads(config.model)
     _check_attention(config.model, config.data.documents_apart)
     _check_blocks(config)
@@ -92,6 +93,21 @@ def _check_numbers(config: TrainConfig) -> None:
         for name, value in values.items():
             if value is not None and not holds(value):
                 raise ConfigError(f"{name} must {expected}, got {value}")
+
+
+def _check_single_documents(config: TrainConfig) -> None:
+    data = config.data
+    if data.images and data.packing != "single":
+        raise ConfigError(
+            f"--data {data.source}: each image is a sequence; take the preset mnist, or --data.packing single and as"
+            f" --length an image's pixels, got --data.packing {data.packing}"
+        )
+    if data.images and data.tokenizer != "bytes":
+        raise ConfigError(f"--data {data.source} is pixels, and no text for --tokenizer {data.tokenizer}; leave it out")
+    if data.packing == "single" and data.separate_documents:
+        raise ConfigError("--data.separate-documents: --data.packing single has one document a sequence; leave it out")
+    if data.packing == "single" and config.evaluation.lengths:
+        raise ConfigError("--evaluation.lengths: --data.packing single has sequences of one length; leave it out")
 
 
 def _check_heads(model: ModelConfig) -> None:

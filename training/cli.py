@@ -68,7 +68,7 @@ def read_settings(arguments: Sequence[str]) -> TrainConfig:
 def _description(preset: str) -> str:
     lines = [f"  {name:10} {text}" for name, (text, _) in PRESETS.items()]
     return (
-        "Train a sparse-attention language model on text.\n\nPresets (the first argument):\n"
+        "Train a sparse-attention language model on text, or on pixels.\n\nPresets (the first argument):\n"
         + "\n".join(lines)
         + f"\n\nDefaults below are those of {preset}."
     )

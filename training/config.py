@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 Kind = Literal["dense", "local", "window", "hash", "qk", "block_top_k", "auto"]
-Packing = Literal["stream", "documents"]
+Packing = Literal["stream", "documents", "single"]
 alias = tyro.conf.arg
 
 # Of default blocks: those of "MoBA", arXiv 2502.13189, at 8192 tokens; and what GPU kernels take at least.
@@ -27,11 +27,13 @@ class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
     source: Annotated[str, alias(aliases=["--data"])] = "python"
-    """'python' (source code of the standard library and installed packages), 'enwik8', 'eltec', or a path: a file,
-    folder or glob, also .gz, .xz, .tar, .tar.gz, .tar.xz, and FILE.jsonl:FIELD. Or hf:NAME_OR_PATH, with the package
-    `datasets`: a Hugging Face data set's name, its folder from save_to_disk, or .json, .parquet, .csv or .txt files."""
+    """'python' (source code of the standard library and installed packages), 'enwik8', 'eltec', 'mnist' (images, a
+    pixel a token: see the preset mnist), or a path: a file, folder or glob, also .gz, .xz, .tar, .tar.gz, .tar.xz, and
+    FILE.jsonl:FIELD. Or hf:NAME_OR_PATH, with the package `datasets`: a Hugging Face data set's name, its folder from
+    save_to_disk, or .json, .parquet, .csv or .txt files."""
     folder: Annotated[Path | None, alias(aliases=["--data-dir"])] = None
-    """Folder that holds enwik8.xz and eltec_eng.tar.xz; else $SPARSE_FLASH_DATA, else ./data."""
+    """Folder that holds enwik8.xz, eltec_eng.tar.xz, and mnist/ with the files train-images-idx3-ubyte and
+    t10k-images-idx3-ubyte, as they are, .gz or .xz; else $SPARSE_FLASH_DATA, else ./data."""
     tokenizer: Annotated[str, alias(aliases=["--tokenizer"])] = "bytes"
     """'bytes', or the JSON file of a Hugging Face `tokenizers` tokenizer; `python -m training.bpe FILE` trains one."""
     encoding: str = "utf-8"
@@ -53,7 +55,13 @@ class DataConfig:
     packing: Packing = "stream"
     """How sequences are filled. stream: documents joined, and cut wherever a sequence ends. documents: whole documents,
     as many as fit, none of which sees another; longer ones are cut into pieces. Positions count on through a sequence,
-    so that learned ones do not tell where a document began."""
+    so that learned ones do not tell where a document began. single: one document, of --length tokens as all must be,
+    behind an end token, which is not learned: an image."""
+
+    @property
+    def images(self) -> bool:
+        """Whether documents are images, a pixel a byte and a token, so that bits per byte are bits per pixel."""
+        return self.source == "mnist"
 
     @property
     def documents_apart(self) -> bool:

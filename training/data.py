@@ -6,21 +6,22 @@ held-out part.
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 
 from training.config import DataConfig
+from training.data_folder import named_file
 from training.errors import DataError
 from training.hugging_face import PREFIX, read_hugging_face
+from training.mnist import read_mnist
 from training.python_source import python_documents, stable_hash
+from training.single_rows import SingleRows
 from training.sources import Document, read_bytes, read_documents
 from training.tokens import Tokenizer
 
-_DATA_VARIABLE = "SPARSE_FLASH_DATA"
 _ENWIK8_PARTS = {"train": (0, 90_000_000), "valid": (90_000_000, 95_000_000), "test": (95_000_000, 100_000_000)}
 _HELD_OUT_PERCENT = 5
 # Documents are encoded some megabytes at a time: a tokenizer's own bookkeeping is far larger than the text.
@@ -48,11 +49,13 @@ class Corpus(NamedTuple):
         train: the stream to learn from.
         held_out: the stream to evaluate on.
         fingerprint: hash of both streams and of the tokenizer.
+        image_shape: rows and columns of an image, where each document is one, pixel after pixel; else None.
     """
 
     train: Stream
     held_out: Stream
     fingerprint: str
+    image_shape: tuple[int, int] | None = None
 
 
 def load_corpus(config: DataConfig, tokenizer: Tokenizer, length: int) -> Corpus:
@@ -64,11 +67,16 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, length: int) -> Corpus
         length: tokens of a training sequence.
 
     Raises:
-        DataError: the text is missing, unreadable, or shorter than one sequence.
+        DataError: the text is missing, unreadable, or shorter than one sequence; or sequences are to be single
+            documents, and one is longer or shorter.
     """
-    train_documents, held_out_documents = read_split(config)
+    images = read_mnist(config) if config.images else None
+    train_documents, held_out_documents = read_split(config) if images is None else images.documents()
     train = _stream(train_documents, tokenizer)
     held_out = _stream(held_out_documents, tokenizer)
+    if config.packing == "single":
+        for stream in (train, held_out):
+            SingleRows.of(stream.tokens, length)
     if len(train.tokens) < length + 1:
         raise DataError(
             f"{config.source}: the training text has {len(train.tokens):,} tokens, too few for a sequence of"
@@ -79,7 +87,8 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, length: int) -> Corpus
     hashed = hashlib.blake2b(tokenizer.fingerprint.encode(), digest_size=8)
     hashed.update(train.tokens.data)
     hashed.update(held_out.tokens.data)
-    return Corpus(train, held_out, hashed.hexdigest())
+    image_shape = None if images is None else (images.train.shape[1], images.train.shape[2])
+    return Corpus(train, held_out, hashed.hexdigest(), image_shape)
 
 
 def split_documents(documents: Sequence[Document], held_out: str) -> tuple[list[Document], list[Document]]:
@@ -129,39 +138,30 @@ def _character_start(text: bytes, index: int) -> int:
 
 
 def read_split(config: DataConfig) -> tuple[list[Document], list[Document]]:
-    """Training and held-out documents of a source.
+    """Training and held-out documents of a source of text.
 
     Raises:
-        DataError: the text is missing or unreadable.
+        DataError: the text is missing or unreadable, or the source is no text.
     """
+    if config.images:
+        raise DataError(f"{config.source}: its documents are images, and no text")
     if config.source == "python":
         # A package's folder named train means nothing here.
         return _split_by_hash(python_documents(round(config.max_megabytes * 1e6)))
     if config.source == "enwik8":
-        text = read_bytes(_named_file(config, "enwik8", ("enwik8.xz", "enwik8.gz", "enwik8")))
+        text = read_bytes(named_file(config, "enwik8", ("enwik8.xz", "enwik8.gz", "enwik8")))
         expected = _ENWIK8_PARTS["test"][1]
         if len(text) != expected:
             raise DataError(f"enwik8 has {expected:,} bytes, the file found has {len(text):,}")
         train, held_out = (slice(*_ENWIK8_PARTS[part]) for part in ("train", config.held_out))
         return [Document("enwik8", text[train])], [Document("enwik8", text[held_out])]
     if config.source == "eltec":
-        path = _named_file(config, "eltec", ("eltec_eng.tar.xz", "eltec_eng.tar.gz", "eltec_eng"))
+        path = named_file(config, "eltec", ("eltec_eng.tar.xz", "eltec_eng.tar.gz", "eltec_eng"))
         return split_documents(read_documents(str(path), config.encoding), config.held_out)
     if config.source.startswith(PREFIX):
         train, held_out = read_hugging_face(config)
         return (train, held_out) if held_out is not None else _split_by_hash(train)
     return split_documents(read_documents(config.source, config.encoding), config.held_out)
-
-
-def _named_file(config: DataConfig, name: str, candidates: Sequence[str]) -> Path:
-    folder = config.folder or Path(os.environ.get(_DATA_VARIABLE) or "data")
-    for candidate in candidates:
-        path = folder.expanduser() / candidate
-        if path.exists():
-            return path
-    raise DataError(
-        f"{name}: no {candidates[0]} in {folder}; name the folder that holds it with --data-dir or ${_DATA_VARIABLE}"
-    )
 
 
 def _stream(documents: Sequence[Document], tokenizer: Tokenizer) -> Stream:

@@ -17,8 +17,9 @@ class Evaluation(NamedTuple):
     """Quality on held-out text.
 
     Attributes:
-        loss: mean nats a token, end tokens included.
-        bits_per_byte: bits of all tokens over the bytes of text they stand for; comparable between tokenizers.
+        loss: mean nats a token, end tokens included where they are learned.
+        bits_per_byte: bits of all tokens over the bytes of text they stand for; comparable between tokenizers. Of
+            images, whose pixels are bytes and all that is learned, exactly the bits per pixel.
         perplexity: exp(loss), a token.
     """
 

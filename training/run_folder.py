@@ -1,6 +1,6 @@
 """Where a run keeps its files, and which checkpoint it goes on from.
 
-DIR/config.json   DIR/metrics.jsonl   DIR/checkpoints/STEP/   DIR/loss.png   DIR/sample.txt
+DIR/config.json   DIR/metrics.jsonl   DIR/checkpoints/STEP/   DIR/loss.png   DIR/sample.txt or DIR/sample.png
 """
 
 from pathlib import Path
@@ -48,6 +48,11 @@ class RunFolder(NamedTuple):
     def sample(self) -> Path:
         """The sampled continuation."""
         return self.root / "sample.txt"
+
+    @property
+    def picture(self) -> Path:
+        """Held-out images and how the model completes them."""
+        return self.root / "sample.png"
 
 
 def choose_folder(config: TrainConfig) -> RunFolder:

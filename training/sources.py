@@ -111,7 +111,7 @@ def _files(source: str) -> tuple[list[Path], Path]:
         magic = next(index for index, part in enumerate(literal) if glob.has_magic(part))
         root = Path(*literal[:magic])
     else:
-        raise DataError(f"{source}: no such file or folder, nor the name of a data set (python, enwik8, eltec)")
+        raise DataError(f"{source}: no such file or folder, nor the name of a data set (python, enwik8, eltec, mnist)")
     if not files:
         raise DataError(f"{source}: no files there")
     return sorted(files, key=lambda file: file.relative_to(root).as_posix()), root
