@@ -44,7 +44,7 @@ def divided(x, mesh):
     ("pattern", "segment_ids"),
     [
         (Window(9), DOCUMENTS),
-        (Hash(4, exclude_self=True), DOCUMENTS),
+        (Hash(4, exclude_self=True, rotated=True), DOCUMENTS),
         (QK((0.6, 0.2, 0.5, 0.9), scored=True), DOCUMENTS),
         (Auto(Hash(4)), None),
     ],

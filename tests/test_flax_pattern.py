@@ -224,3 +224,26 @@ def test_sinks_and_blocks_take_one_length(heads, without_shape_checks):
     with pytest.raises(ValueError, match="one length"):
         BlockTopK(8, 2).plan(q, k[:, :-1])
     assert Window(4).plan(q, k[:, :-1]).key_length == T - 1
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_rotated_hash_goes_by_place(heads, shared):
+    """Buckets are of vectors as rotary positions have turned them; shared keys hash as their queries do."""
+    q, k = heads
+    k = q if shared else k
+    positions, key = jnp.arange(T, dtype=jnp.int32)[None] + 3, jax.random.key(1)
+    call = lambda pattern: attend(pattern, q, None if shared else k, k, key=key, positions=positions, rope_base=100.0)
+    o, plan = call(Hash(4, rotated=True))
+    turn = lambda x: rotate(x, positions, 100.0)
+    hashed = lambda x: per_query_head(sfj.lsh_buckets(turn(x), 4, key, num_rotations=k.shape[2]))
+    seen = (hashed(q)[..., :, None] == hashed(k)[..., None, :]) & EARLIER
+    np.testing.assert_array_equal(dense(plan), seen)
+    assert (dense(call(Hash(4))[1]) != seen).any()
+    of_keys = turn(normalise(q) if shared else k)
+    np.testing.assert_allclose(o, sfj.reference_attention(turn(q), of_keys, k, jnp.asarray(seen)), atol=2e-6)
+
+
+def test_rotated_hash_needs_rotary_positions(heads):
+    q, k = heads
+    with pytest.raises(ValueError, match="give it a rope_base"):
+        attend(Hash(4, rotated=True), q, k, k, key=jax.random.key(0))

@@ -151,6 +151,10 @@ def test_presets_and_options():
         ),
         (["--model.rates", "0.5", "0.2", "0.1", "1"], r"--model.rates must lie in \[0, 1\), got 0.5 0.2 0.1 1"),
         (["--model.rounds", "0"], "--model.rounds must be at least 1, got 0"),
+        (
+            ["--model.rotated", "--model.positions", "learned"],
+            "--model.rotated needs --model.positions rope, got learned",
+        ),
         (["--attention", "auto", "--model.rounds", "2"], "--model.rounds: nothing was measured of several"),
         (["--evaluation.lengths", "512", "0"], "--evaluation.lengths must be at least 1, got 0"),
         (

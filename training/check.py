@@ -142,6 +142,8 @@ def _check_attention(model: ModelConfig, documents_apart: bool) -> None:
         raise ConfigError(f"--model.buckets must be even and at least 2, got {model.buckets}")
     if "hash" in kinds and model.rounds < 1:
         raise ConfigError(f"--model.rounds must be at least 1, got {model.rounds}")
+    if "hash" in kinds and model.rotated and model.positions != "rope":
+        raise ConfigError(f"--model.rotated needs --model.positions rope, got {model.positions}")
     if "auto" in model.attention and model.auto_sparse == "hash" and model.rounds > 1:
         raise ConfigError("--model.rounds: nothing was measured of several; leave it out, or --attention auto")
     if "hash" in kinds and model.centred and documents_apart:

@@ -95,6 +95,8 @@ class ModelConfig:
     centred: Annotated[bool, alias(aliases=["--centred"])] = False
     """hash: hash vectors minus their running mean, which evens buckets out. Not with --data.separate-documents or
     --data.packing documents."""
+    rotated: bool = False
+    """hash: hash vectors as rotary positions have turned them, so that buckets go by place, too."""
     rounds: int = 1
     """hash: hashes, of which each shows what is in the same bucket, at the cost of one more call of attention. In the
     metrics `visible` is the sum over rounds. With several there is no sample, no auto, and no --mesh that divides

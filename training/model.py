@@ -49,7 +49,13 @@ def resolved_identity(config: TrainConfig) -> dict[str, Any]:
 
 def _sparse_pattern(model: ModelConfig, kind: Literal["hash", "qk"]) -> Hash | QK:
     if kind == "hash":
-        return Hash(model.buckets, exclude_self=model.exclude_self, centred=model.centred, rounds=model.rounds)
+        return Hash(
+            model.buckets,
+            exclude_self=model.exclude_self,
+            centred=model.centred,
+            rounds=model.rounds,
+            rotated=model.rotated,
+        )
     return QK(model.rates or model.rate, scored=model.scored, score_gradient=model.score_gradient)
 
 

@@ -20,7 +20,7 @@ from sparse_flash_jax.flax.cache import (
     sinks_of,
     take_positions,
 )
-from sparse_flash_jax.flax.heads import attend_planned, place
+from sparse_flash_jax.flax.heads import attend_planned, place, planned_by
 from sparse_flash_jax.flax.pattern import QK, Hash, Window
 from sparse_flash_jax.hashing import buckets_of
 from sparse_flash_jax.plan import AttentionPlan
@@ -60,11 +60,12 @@ def prefill(
         The heads' outputs [B T N H] and the filled cache.
     """
     length = q.shape[1]
-    sides = _sides(pattern, q, q if k is None else k, cache, implementation)
+    planned = planned_by(pattern, q, k, None, rope_base)
+    sides = _sides(pattern, *planned, cache, implementation)
     plan = _plan(pattern, q, sides, cache, segment_ids, implementation)
     if cache.sums:
         given = (jnp.arange(length, dtype=jnp.int32)[None] < lengths[:, None])[..., None, None]
-        summed = zip(cache.sums, (q,) if k is None else (q, k), strict=True)
+        summed = zip(cache.sums, planned[:1] if k is None else planned, strict=True)
         cache = cache._replace(sums=tuple(s + jnp.sum(x.astype(jnp.float32), axis=1, where=given) for s, x in summed))
     q, k = place(q, k, None, rope_base)
     o = attend_planned(pattern, q, k, v, plan, segment_ids=segment_ids, scale=scale, implementation=implementation)
@@ -108,7 +109,8 @@ def step(
     Returns:
         The heads' outputs [B 1 N H], 0 where nothing is visible, and the cache with this token.
     """
-    sides, cache = _next_sides(pattern, q, q if k is None else k, cache, positions)
+    planned = planned_by(pattern, q, k, positions[:, None], rope_base)
+    sides, cache = _next_sides(pattern, *planned, cache, positions)
     documents = None if segment_ids is None else segment_ids[:, None]
     query_groups = _groups(sides[:1], documents, _DROPPED_QUERY)
     key_groups = _groups(sides[1:], documents, _DROPPED_KEY)

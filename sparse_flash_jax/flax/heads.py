@@ -14,7 +14,7 @@ from sparse_flash_jax.context.attention import context_attention
 from sparse_flash_jax.context.divided_plan import DividedPlan
 from sparse_flash_jax.context.division import Context, row_positions
 from sparse_flash_jax.flax.auto import Auto, Pattern, resolve
-from sparse_flash_jax.flax.pattern import QK, Concrete, Dense, KeepScores
+from sparse_flash_jax.flax.pattern import QK, Concrete, Dense, Hash, KeepScores
 from sparse_flash_jax.flax.shared_keys import normalise
 from sparse_flash_jax.keep import score_gate
 from sparse_flash_jax.plan import AttentionPlan
@@ -55,7 +55,8 @@ def attend(
 ) -> tuple[Float[Array, "B T N H"], AttentionPlan | Rounds | DividedPlan]:
     """Attention of projected heads under a pattern.
 
-    The plan is made before rotary positions are applied: buckets go by content. Where tokens are kept by learned
+    The plan is made before rotary positions are applied, so that buckets go by content, but for `Hash(rotated=True)`.
+    Where tokens are kept by learned
     scores, their outputs and values pass through gates, by which the scores learn: see `score_gate`. A pattern that is
     not scored, such as the dense one that `Auto` may choose, has no gates.
 
@@ -84,16 +85,37 @@ def attend(
     gradient = pattern.score_gradient if isinstance(pattern, QK) and pattern.scored else "none"
     gated = v if scores is None else score_gate(v, scores.key, gradient)
     if context is None:
-        plan = pattern.plan(q, q if k is None else k, **ids)
+        plan = pattern.plan(*planned_by(pattern, q, k, positions, rope_base), **ids)
         q, k = place(q, k, positions, rope_base)
         o = attend_planned(pattern, q, k, gated, plan, segment_ids=segment_ids, **options)
     else:
         if automatic and isinstance(pattern, Dense):
             pattern = dataclasses.replace(pattern, backend=None)
-        tokens = pattern.tokens(q, q if k is None else k, context, **ids)
-        q, k = place(q, k, row_positions(q, context) if positions is None else positions, rope_base)
+        positions = row_positions(q, context) if positions is None else positions
+        tokens = pattern.tokens(*planned_by(pattern, q, k, positions, rope_base), context, **ids)
+        q, k = place(q, k, positions, rope_base)
         o, plan = context_attention(q, k, gated, tokens, context, return_plan=True, **options)
     return (o if scores is None else score_gate(o, scores.query, gradient)), plan
+
+
+def planned_by(
+    pattern: Pattern,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"] | None,
+    positions: Int32[Array, "#B T"] | None,
+    rope_base: float | None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"]]:
+    """Queries and keys as a pattern plans by them, before rotary positions or after; shared keys are the queries.
+
+    Raises:
+        ValueError: if a hash is to be of rotated vectors, and there are no rotary positions.
+    """
+    if not (isinstance(pattern, Hash) and pattern.rotated):
+        return q, q if k is None else k
+    if rope_base is None:
+        raise ValueError(f"{pattern} hashes by rotary positions, and the layer has none: give it a rope_base.")
+    turned = _turned(q, positions, rope_base)
+    return turned, turned if k is None else _turned(k, positions, rope_base)
 
 
 def place(
@@ -104,10 +126,7 @@ def place(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"]]:
     """Queries and keys as their products are taken: shared ones normalised, both rotated; arguments as of `attend`."""
     k = normalise(q) if k is None else k
-    if rope_base is None:
-        return q, k
-    positions = jnp.arange(q.shape[1], dtype=jnp.int32)[None] if positions is None else positions
-    return rotate(q, positions, rope_base), rotate(k, positions, rope_base)
+    return (q, k) if rope_base is None else (_turned(q, positions, rope_base), _turned(k, positions, rope_base))
 
 
 def attend_planned(
@@ -127,6 +146,11 @@ def attend_planned(
     if isinstance(plan, Rounds):
         return attend_in_rounds(q, k, v, plan, scale=scale, implementation=implementation)[0]
     return sparse_attention(q, k, v, plan, scale=scale, implementation=implementation)
+
+
+def _turned(x: Float[Array, "B T N H"], positions: Int32[Array, "#B T"] | None, base: float) -> Float[Array, "B T N H"]:
+    positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None] if positions is None else positions
+    return rotate(x, positions, base)
 
 
 def rotate(x: Float[Array, "B T N H"], positions: Int32[Array, "#B T"], base: float) -> Float[Array, "B T N H"]:

@@ -24,6 +24,8 @@ class Hash:
         window: tokens back that a query sees, itself included; None for all.
         centred: whether to hash vectors minus their running mean, which evens buckets out: see `lsh_buckets`.
         rounds: hashes, of which each shows what is in the same bucket, as in `hash_sparse_attention`.
+        rotated: whether a layer with rotary positions hashes vectors as these have turned them: buckets then go by
+            place, too, and not by content alone.
     """
 
     num_buckets: int
@@ -31,6 +33,7 @@ class Hash:
     window: int | None = None
     centred: bool = False
     rounds: int = 1
+    rotated: bool = False
 
     def __post_init__(self):
         at_least("num_buckets", self.num_buckets, 2)
