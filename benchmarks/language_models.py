@@ -5,8 +5,8 @@ python benchmarks/language_models.py choices --only '*-hash16-seed0'    those th
 python benchmarks/language_models.py headline --minutes 9               stops in time; the same again goes on
 python benchmarks/language_models.py headline --list                    names and settings
 
-Each run is one of `train.py`, one after the other on each GPU. It is done when its last step is, and is not run again;
-one that ran out of time goes on from its checkpoint under --runs. Each leaves its metrics in
+Each run is one of `train.py`, or of `train_reformer.py`, one after the other on each GPU. It is done when its last step
+is, and is not run again; one that ran out of time goes on from its checkpoint under --runs. Each leaves its metrics in
 benchmarks/results/language-models/NAME.jsonl, below a line that says on what it ran.
 """
 
@@ -40,7 +40,7 @@ def main() -> None:
     args = _arguments()
     runs = chosen(args.groups, args.only)
     if args.list:
-        print(*(f"{run}: python train.py {shlex.join(run.settings())}" for run in runs), sep="\n")
+        print(*(f"{run}: python {run.kind.script} {shlex.join(run.settings())}" for run in runs), sep="\n")
         return
     waiting: SimpleQueue[Run] = SimpleQueue()
     for run in runs:
@@ -97,7 +97,7 @@ def _train(run: Run, args: argparse.Namespace, gpu: str, minutes: float | None) 
     if metrics and metrics[-1].get("reason") == "done":
         return "was done"
     begun = any((folder / "checkpoints").glob("[0-9]*"))
-    command = [sys.executable, str(ROOT / "train.py")]
+    command = [sys.executable, str(ROOT / run.kind.script)]
     command += ["--resume", str(folder)] if begun else [*run.settings(), "--out", str(folder)]
     command += ["--data.folder", str(args.data_dir), *args.more]
     command += [] if minutes is None else ["--max-minutes", f"{minutes:.2f}"]

@@ -1,7 +1,7 @@
 """The tables of what `language_models.py` measured: how well each kind learns, and how much sooner than dense."""
 
 from language_results import RESULTS, Curve, load_curves, sooner
-from language_runs import GROUPS, in_words
+from language_runs import GROUPS
 from markdown_table import markdown, source
 
 DENSE = "dense-own-keys"
@@ -36,8 +36,8 @@ def _choices(curves: list[Curve]) -> str:
         name = curve.run.attention
         rows.append(
             [
-                in_words(name),
-                "own" if name.endswith("-own-keys") else "shared",
+                curve.run.kind.words,
+                "shared" if curve.run.kind.shared else "own",
                 f"{curve.final['loss']:.3f}",
                 f"{curve.final['bits_per_byte']:.3f}",
                 f"{speed[name] / 1e3:.0f} k",
@@ -51,7 +51,7 @@ def _choices(curves: list[Curve]) -> str:
 
 def _sooner(pairs: list[tuple[Curve, Curve]]) -> str:
     """Dense against the sparse model of the headline."""
-    names = ["dense", in_words(pairs[0][1].run.attention)]
+    names = ["dense", pairs[0][1].run.kind.words]
     columns = [f"{name}, {what}" for what in ("bits per byte", "tokens/s") for name in names]
     rows = [["T", "seed", *columns, "loss of dense, late", "reached by dense", "by the other", "sooner"]]
     for dense, sparse in pairs:

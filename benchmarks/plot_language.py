@@ -10,7 +10,7 @@ from typing import Any
 
 from environment import ROOT
 from language_results import RESULTS, Curve, load_curves, sooner
-from language_runs import GROUPS, in_words
+from language_runs import GROUPS
 from language_tables import headline_pairs
 from plot_sweeps import INK, figure_of, finish, finish_figure, legend
 
@@ -47,8 +47,14 @@ def _draw_headline(path: Path, pairs: list[tuple[Curve, Curve]]) -> None:
         for pair in of_length:
             for curve, colour in zip(pair, (DENSE, SPARSE), strict=True):
                 points = [(curve.seconds_at(step), loss) for step, loss in sorted(curve.held_out.items())]
-                name = "dense, cuDNN" if colour == DENSE else in_words(curve.run.attention)
-                ax.plot(*zip(*points, strict=True), color=colour, label=name, linewidth=2, marker="o", markersize=3)
+                ax.plot(
+                    *zip(*points, strict=True),
+                    color=colour,
+                    label=curve.run.kind.words,
+                    linewidth=2,
+                    marker="o",
+                    markersize=3,
+                )
         _draw_sooner(ax, of_length[0])
         ax.set_title(f"{length // 1024}k tokens", color=INK)
         ax.set_xlabel("seconds of training", color=INK)
@@ -68,6 +74,8 @@ def _draw_sooner(ax: Any, pair: tuple[Curve, Curve]) -> None:
     loss, slow, fast = met
     arrow = {"arrowstyle": "<->", "color": SPARSE, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
     ax.annotate("", (fast, loss), xytext=(slow, loss), arrowprops=arrow)
+    from matplotlib.patheffects import withStroke
+
     ax.annotate(
         f"{slow / fast:.1f}x sooner",
         ((slow + fast) / 2, loss),
@@ -76,6 +84,8 @@ def _draw_sooner(ax: Any, pair: tuple[Curve, Curve]) -> None:
         ha="center",
         color=SPARSE,
         fontweight="bold",
+        path_effects=[withStroke(linewidth=3, foreground="white")],
+        zorder=5,
     )
 
 
@@ -86,8 +96,7 @@ def _draw_choices(path: Path, curves: list[Curve]) -> None:
     for curve, style in zip(curves, _styles(curves), strict=True):
         steps = sorted(curve.held_out)
         losses = [curve.held_out[step] for step in steps]
-        keys = "own" if curve.run.attention.endswith("-own-keys") else "shared"
-        label = f"{in_words(curve.run.attention)}; {keys} keys: {curve.final['loss']:.3f}"
+        label = f"{_titled(curve)}: {curve.final['loss']:.3f}"
         axes[0].plot(steps, losses, label=label, **style)
         axes[1].plot([curve.seconds_at(step) for step in steps], losses, **style)
     axes[0].set_xlabel("step", color=INK)
@@ -126,8 +135,7 @@ def _draw_progress(path: Path, curves: list[Curve]) -> None:
 
 
 def _titled(curve: Curve) -> str:
-    keys = "keys of their own" if curve.run.attention.endswith("-own-keys") else "shared keys"
-    return f"{in_words(curve.run.attention)}, {keys}"
+    return f"{curve.run.kind.words}; {'shared' if curve.run.kind.shared else 'own'} keys"
 
 
 def _styles(curves: Iterable[Curve]) -> list[dict[str, Any]]:
@@ -139,7 +147,7 @@ def _styles(curves: Iterable[Curve]) -> list[dict[str, Any]]:
     styles = []
     for curve in curves:
         name = curve.run.attention
-        dashes = "-" if name.endswith("-own-keys") else (0, (4, 2))
+        dashes = (0, (4, 2)) if curve.run.kind.shared else "-"
         colour = colours.get(name.removesuffix("-own-keys"), DENSE)
         styles.append({"color": colour, "linestyle": dashes, "linewidth": 1.8, "marker": "o", "markersize": 3})
     return styles
