@@ -61,7 +61,7 @@ def _curve(records: list[dict[str, Any]]) -> Curve | None:
     train = by_kind["train"]
     return Curve(
         Run(**{name: first[name] for name in Run._fields}),
-        first["environment"],
+        first["environment"] | {"device": f"1 x {first['environment']['device'].split(' x ', 1)[-1]}"},  # of all there
         *(np.array([record[name] for record in train]) for name in ("step", "loss")),
         seconds=_added_up([record["training_seconds"] for record in train]),
         visible=np.array([record["visible"] for record in train]),

@@ -15,8 +15,8 @@ def language_tables() -> dict[str, str]:
         return {}
     pairs = headline_pairs(curves)
     return {
-        "language-models": f"{_choices(chosen)}\n\n{source(chosen[0].environment)}.",
-        "sooner": f"{_sooner(pairs)}\n\n{source(pairs[-1][0].environment)}.",
+        "language-models": f"{_choices(chosen)}\n\n{source(*(curve.environment for curve in chosen))}.",
+        "sooner": f"{_sooner(pairs)}\n\n{source(*(curve.environment for pair in pairs for curve in pair))}.",
     }
 
 
@@ -51,9 +51,8 @@ def _choices(curves: list[Curve]) -> str:
 
 def _sooner(pairs: list[tuple[Curve, Curve]]) -> str:
     """Dense against the sparse model of the headline."""
-    names = ["dense", pairs[0][1].run.kind.words]
-    columns = [f"{name}, {what}" for what in ("bits per byte", "tokens/s") for name in names]
-    rows = [["T", "seed", *columns, "loss of dense, late", "reached by dense", "by the other", "sooner"]]
+    columns = [f"{name}, {what}" for what in ("bits per byte", "tokens/s") for name in ("dense", "other")]
+    rows = [["T", "seed", *columns, "loss of dense, late", "reached by dense", "by other", "sooner"]]
     for dense, sparse in pairs:
         both = dense, sparse
         met = sooner(dense, sparse)

@@ -59,6 +59,7 @@ def _draw_headline(path: Path, pairs: list[tuple[Curve, Curve]]) -> None:
         ax.set_title(f"{length // 1024}k tokens", color=INK)
         ax.set_xlabel("seconds of training", color=INK)
         ax.set_xlim(left=0)
+        ax.margins(y=0.1)
         finish(ax)
     figure.axes[0].set_ylabel("held-out loss, nats a byte", color=INK)
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -74,19 +75,8 @@ def _draw_sooner(ax: Any, pair: tuple[Curve, Curve]) -> None:
     loss, slow, fast = met
     arrow = {"arrowstyle": "<->", "color": SPARSE, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
     ax.annotate("", (fast, loss), xytext=(slow, loss), arrowprops=arrow)
-    from matplotlib.patheffects import withStroke
-
-    ax.annotate(
-        f"{slow / fast:.1f}x sooner",
-        ((slow + fast) / 2, loss),
-        xytext=(0, 5),
-        textcoords="offset points",
-        ha="center",
-        color=SPARSE,
-        fontweight="bold",
-        path_effects=[withStroke(linewidth=3, foreground="white")],
-        zorder=5,
-    )
+    style = {"ha": "right", "va": "top", "color": SPARSE, "fontweight": "bold", "fontsize": 9}
+    ax.annotate(f"{slow / fast:.1f}x sooner", (slow, loss), xytext=(0, -5), textcoords="offset points", **style)
 
 
 def _draw_choices(path: Path, curves: list[Curve]) -> None:
