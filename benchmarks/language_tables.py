@@ -1,15 +1,17 @@
 """The tables of what `language_models.py` measured: how well each kind learns, and how much sooner than dense."""
 
+from pathlib import Path
+
 from language_results import RESULTS, Curve, load_curves, sooner
-from language_runs import GROUPS
+from language_runs import GROUPS, Run
 from markdown_table import markdown, source
 
 DENSE = "dense-own-keys"
 
 
-def language_tables() -> dict[str, str]:
+def language_tables(folder: Path = RESULTS) -> dict[str, str]:
     """Returns each table by the name in its markers; none where nothing has been measured."""
-    curves = load_curves() if RESULTS.exists() else {}
+    curves = load_curves(folder)
     chosen = [curves[run] for run in GROUPS["choices"] if run in curves]
     if not chosen:
         return {}
@@ -20,7 +22,7 @@ def language_tables() -> dict[str, str]:
     }
 
 
-def headline_pairs(curves: dict) -> list[tuple[Curve, Curve]]:
+def headline_pairs(curves: dict[Run, Curve]) -> list[tuple[Curve, Curve]]:
     """The dense and the sparse run of each length and seed of the headline, where both are done."""
     runs = GROUPS["headline"]
     pairs = zip(runs[::2], runs[1::2], strict=True)

@@ -1,0 +1,107 @@
+"""Language models side by side: what is run, what is kept of it, and when one reaches what another had."""
+
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from training.cli import parse
+
+ROOT = pathlib.Path(__file__).parents[1]
+NAMES = ("language_runs", "language_results", "language_tables", "plot_language")
+TINY = """--model.layers 1 --model.width 16 --model.heads 1 --model.dtype float32 --batch.length 64 --batch.size 2
+--steps 2 --log-every 1 --evaluation.every 1 --evaluation.windows 2 --evaluation.final-windows 2""".split()
+
+
+@pytest.fixture(scope="module")
+def modules():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        yield {name: importlib.import_module(name) for name in NAMES}
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def test_settings_are_those_of_the_kind(modules):
+    runs = modules["language_runs"]
+    for name, kind in runs.KINDS.items():
+        run = runs.Run("enwik8", 8192, 100, name, 3)
+        config = parse(run.settings())
+        assert config.model.shared_qk == kind.shared
+        assert config.batch.accumulation * config.batch.size * config.batch.length == run.tokens_of_step == 32_768
+        assert (config.steps, config.seed, config.model.layers) == (100, 3, 12)
+        assert (ROOT / kind.script).exists()
+    everything = runs.chosen([*runs.GROUPS], ["*"])
+    assert len({str(run) for run in everything}) == len(everything) == len({*sum(runs.GROUPS.values(), ())})
+
+
+def _run(folder, *more):
+    text = folder / "text.txt"
+    text.write_text("a text to learn by heart, line after line\n" * 400)
+    command = [sys.executable, str(ROOT / "benchmarks" / "language_models.py"), "choices"]
+    command += ["--only", "enwik8-8k-1000-hash16-fixed-seed0", "--runs", folder / "runs", "--out", folder / "out"]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [*map(str, command), "--", "--data", str(text), *TINY, *more]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_run_is_kept_and_not_run_again(modules, tmp_path):
+    assert "reason done" in _run(tmp_path)
+    (path,) = (tmp_path / "out").iterdir()
+    first, *records = map(json.loads, path.read_text().splitlines())
+    assert first["kind"] == "run"
+    assert first["environment"]["command"].startswith("python benchmarks/language_models.py choices")
+    assert [record["kind"] for record in records] == ["train", "evaluation", "train", "final", "end"]
+    assert "was done" in _run(tmp_path)
+    ((run, curve),) = modules["language_results"].load_curves(tmp_path / "out").items()
+    assert str(run) == path.stem == "enwik8-8k-1000-hash16-fixed-seed0"
+    assert curve.final["loss"] == records[-2]["loss"]
+    assert curve.held_out == {1: records[1]["loss"]}
+    assert curve.visible.shape == (2, 1)
+
+
+def test_what_fails_is_said(tmp_path):
+    assert "failed with status 2: train.py: --model.buckets must be even" in _run(tmp_path, "--model.buckets", "7")
+
+
+def _write(folder, modules, attention, seconds, held_out, length=8192):
+    """The metrics of a run that was stopped in its third record, and went on."""
+    run = modules["language_runs"].Run("enwik8", length, 1000, attention)
+    times = [1 * seconds, 2 * seconds, 0.5 * seconds, 1.5 * seconds]
+    environment = {"device": "2 x a GPU", "jax": "0.0", "commit": "0123456789", "command": "python benchmarks/x.py"}
+    records = [{"kind": "run", "step": 0, **run._asdict(), "environment": environment}]
+    for step, (time, loss) in enumerate(zip(times, held_out, strict=True), 1):
+        values = {"loss": loss, "training_seconds": time, "visible": [0.5, 0.25]}
+        records.append({"kind": "train", "step": 100 * step, **values})
+        records.append({"kind": "evaluation", "step": 100 * step, "loss": loss})
+    records.append({"kind": "final", "step": 400, "loss": held_out[-1], "bits_per_byte": 1.0})
+    records.append({"kind": "end", "step": 400, "reason": "done", "peak_bytes": 2**30})
+    (folder / f"{run}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return run
+
+
+def test_sooner(modules, tmp_path):
+    slow = _write(tmp_path, modules, "dense-own-keys", 10.0, [4.0, 3.0, 2.5, 2.0])
+    fast = _write(tmp_path, modules, "local-dense-own-keys", 2.0, [3.0, 2.5, 1.5, 1.0])
+    results = modules["language_results"]
+    curves = results.load_curves(tmp_path)
+    assert list(curves[slow].seconds) == [10, 20, 25, 35]  # what came before the stop is added
+    assert results.sooner(curves[slow], curves[fast]) == (2.0, 35.0, 4.5)  # half way from step 200 to 300
+    assert results.sooner(curves[fast], curves[slow]) is None
+    assert curves[slow].tokens_per_second() == 100 * 32_768 / 10
+    assert curves[slow].environment["device"] == "1 x a GPU"
+
+
+def test_figures_and_tables(modules, tmp_path):
+    for length in (8192, 16_384):
+        for attention in ("dense-own-keys", "local-dense-own-keys", "hash16"):
+            _write(tmp_path, modules, attention, 5.0, [3.0, 2.5, 1.5, 1.0], length)
+    for path in modules["plot_language"].draw_language(tmp_path, tmp_path):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    tables = modules["language_tables"].language_tables(tmp_path)
+    assert "| 16 buckets | shared | 1.000 | 1.000 | 655 k | 1.00x | 0.375 | 1.0 GiB |" in tables["language-models"]
+    assert tables["sooner"].count("1.0x |") == 2
