@@ -13,8 +13,10 @@ from training.cli import parse
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = ("language_runs", "language_results", "language_tables", "plot_language")
-TINY = """--model.layers 1 --model.width 16 --model.heads 1 --model.dtype float32 --batch.length 64 --batch.size 2
---steps 2 --log-every 1 --evaluation.every 1 --evaluation.windows 2 --evaluation.final-windows 2""".split()
+MODEL = {"layers": 1, "width": 16, "heads": 1, "dtype": "float32"}
+SIZES = {"batch.length": 64, "batch.size": 2, "evaluation.windows": 2, "evaluation.final-windows": 2}
+OPTIONS = {"steps": 2, "log-every": 1, "evaluation.every": 1} | SIZES | {f"model.{k}": v for k, v in MODEL.items()}
+TINY = [word for name, value in OPTIONS.items() for word in (f"--{name}", str(value))]
 
 
 @pytest.fixture(scope="module")
