@@ -167,19 +167,19 @@ def train(
         write_config(folder.config, config)
     introduce(run, state)
     with contextlib.closing(run.metrics), run.checkpoints:
-        state, tokens_per_second = loop(run, state)
+        state, throughput = loop(run, state)
         run.checkpoints.wait()
-        conclude(run, state, tokens_per_second)
+        conclude(run, state, throughput)
 
 
-def loop(run: Run, state: TrainState) -> tuple[TrainState, float]:
-    """Steps until the end or until asked to stop; returns the state and tokens per second."""
+def loop(run: Run, state: TrainState) -> tuple[TrainState, Throughput]:
+    """Steps until the end or until asked to stop; returns the state and the clock."""
     config = run.config
     batches = Batches(run.corpus.train.tokens, config.batch, config.seed, run.layout.shard, config.data.packing)
     held_out = run.held_out(config.evaluation.windows)
     done = int(state.step)
     unread: StepMetrics | None = None
-    throughput = Throughput()
+    throughput = Throughput(run.metrics.training_seconds)
     coming = batches.from_step(done)
     with contextlib.closing(coming), TrainProgress(done, config.steps, run.console) as progress:
         if batches.packed is not None:
@@ -213,7 +213,7 @@ def loop(run: Run, state: TrainState) -> tuple[TrainState, float]:
             if stopping:
                 break
             throughput.resume()
-    return state, throughput.tokens_per_second
+    return state, throughput
 
 
 def is_due(every: int, done: int) -> bool:
@@ -268,7 +268,7 @@ def evaluate_lengths(run: Run, params: nnx.State) -> dict[int, Evaluation]:
     }
 
 
-def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
+def conclude(run: Run, state: TrainState, throughput: Throughput) -> None:
     """Evaluates and samples, unless a signal asked to stop; says how it ended and where the files are."""
     done = int(state.step)
     say = lambda text: run.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -278,7 +278,7 @@ def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
         by = reason if run.stop.signalled else f"the {reason}"
         say(f"stopped by {by} after step {done} of {run.config.steps}; go on with --resume {run.folder.root}")
     if run.stop.signalled:
-        run.metrics.write("end", done, reason=reason)
+        run.metrics.write("end", done, reason=reason, training_seconds=throughput.seconds)
     else:
         held_out = run.held_out(run.config.evaluation.final_windows)
         params = evaluation_params(state)
@@ -293,8 +293,8 @@ def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
             (write_text if run.corpus.image_shape is None else write_picture)(run, params, done, say)
         except NotImplementedError as error:
             say(f"no sample: {error}")
-        speed = {"tokens_per_second": tokens_per_second, "peak_bytes": peak_bytes()}
-        run.metrics.write("end", done, reason=reason, **speed)
+        speed = {"tokens_per_second": throughput.tokens_per_second, "training_seconds": throughput.seconds}
+        run.metrics.write("end", done, reason=reason, **speed, peak_bytes=peak_bytes())
         say(f"\ntraining loss {recent_mean(run.folder.metrics, 'loss'):.3f} nats a token (mean of the last records)")
         others = [(f"held-out at {length:,} tokens:", result) for length, result in lengths.items()]
         for name, result in (("held-out", quality), *others, ("unigram ", baseline)):
@@ -302,7 +302,7 @@ def conclude(run: Run, state: TrainState, tokens_per_second: float) -> None:
                 f"{name} loss {result.loss:.3f} nats a token, {result.bits_per_byte:.3f} bits per byte,"
                 f" perplexity {result.perplexity:.2f}"
             )
-    say(f"speed      {tokens_per_second:,.0f} tokens/s")
+    say(f"speed      {throughput.tokens_per_second:,.0f} tokens/s")
     say(f"metrics    {run.folder.metrics}")
     say(f"checkpoint {run.folder.checkpoints / str(done) if done else 'none'}")
     if not is_first():

@@ -72,7 +72,7 @@ def _curve(records: list[dict[str, Any]]) -> Curve | None:
 
 
 def _added_up(seconds: list[float]) -> np.ndarray:
-    """A run that goes on from a checkpoint counts its seconds anew."""
+    """Up to commit 2a86b79 a run that went on from a checkpoint counted its seconds anew."""
     times = np.array(seconds)
     restarts = np.where(np.diff(times, prepend=0) < 0, np.roll(times, 1), 0)
     return times + np.cumsum(restarts)

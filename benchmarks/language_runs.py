@@ -12,11 +12,11 @@ IMAGES = 64  # of a step on MNIST
 _TEXT = (
     *("paper-8k", "--batch.accumulation", "1", "--model.positions", "rope", "--model.shared-scale", "1"),
     *("--optimizer.warmup", "0.1", "--evaluation.every", "100", "--evaluation.windows", "32", "--log-every", "20"),
-    *("--sample.tokens", "0", "--checkpoint.every", "0", "--checkpoint.keep", "1"),
+    *("--sample.tokens", "0", "--checkpoint.every", "250", "--checkpoint.keep", "1"),
 )
 _PIXELS = (
     *("mnist", "--data.held-out", "test", "--evaluation.every", "500", "--log-every", "100"),
-    *("--checkpoint.every", "0", "--checkpoint.keep", "1"),
+    *("--checkpoint.every", "1000", "--checkpoint.keep", "1"),
 )
 
 

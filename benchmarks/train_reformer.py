@@ -65,6 +65,8 @@ class Reformer:
             raise ConfigError("Reformer's attention takes the place of --attention hash, and no layer is of that kind")
         if not config.shared_qk:
             raise ConfigError("Reformer's attention shares queries and keys: add --model.shared-qk")
+        if any(isinstance(pattern, Hash) and pattern.rotated for pattern in config.patterns):
+            raise ConfigError("Reformer's attention hashes by content alone; leave out --model.rotated")
         if config.context is not None:
             raise ConfigError("Reformer's attention takes whole sequences; leave context out of --mesh")
         model: Any = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0)))  # its layers are exchanged

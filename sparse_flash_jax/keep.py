@@ -2,6 +2,7 @@
 
 import functools
 import math
+import numbers
 from typing import Any, Literal, get_args
 
 import jax
@@ -37,11 +38,14 @@ def random_keep(
         bool [B T N] with exactly `math.ceil((1 - rate) * T)` tokens kept for each batch entry and head.
 
     Raises:
+        TypeError: if a rate is not a number.
         ValueError: if the shape has not three axes, a rate lies outside [0, 1], or there is not one for each head.
     """
     if len(shape) != 3:
         raise ValueError(f"shape must be (B, T, N), got {tuple(shape)}.")
     for one in _each(rate):
+        if not isinstance(one, numbers.Real):
+            raise TypeError(f"rate must be a number, or a tuple of one for each head, got {rate!r}.")
         if not 0 <= one <= 1:
             raise ValueError(f"rate must be in [0, 1], the share of tokens to drop, got {one}.")
     batch, length, heads = shape
@@ -153,10 +157,10 @@ def _sigmoid(scores: Float[Array, "B T N"]) -> Float[Array, "B T N"]:
     return jax.nn.sigmoid(scores.astype(jnp.float32))
 
 
-def _each[Number](numbers: Number | tuple[Number, ...]) -> tuple[Number, ...]:
-    return numbers if isinstance(numbers, tuple) else (numbers,)
+def _each[Number](by_head: Number | tuple[Number, ...]) -> tuple[Number, ...]:
+    return by_head if isinstance(by_head, tuple) else (by_head,)
 
 
-def _check_heads(name: str, numbers: Any, heads: int) -> None:
-    if isinstance(numbers, tuple) and len(numbers) != heads:
-        raise ValueError(f"{name} must be one number, or one for each of {heads} heads, got {len(numbers)}.")
+def _check_heads(name: str, by_head: Any, heads: int) -> None:
+    if isinstance(by_head, tuple) and len(by_head) != heads:
+        raise ValueError(f"{name} must be one number, or one for each of {heads} heads, got {len(by_head)}.")

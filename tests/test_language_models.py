@@ -38,36 +38,47 @@ def test_settings_are_those_of_the_kind(modules):
         assert (config.steps, config.seed, config.model.layers) == (100, 3, 12)
         assert (ROOT / kind.script).exists()
     everything = runs.chosen([*runs.GROUPS], ["*"])
-    assert len({str(run) for run in everything}) == len(everything) == len({*sum(runs.GROUPS.values(), ())})
+    assert len({str(run) for run in everything}) == len(everything)
+    shapes = {(run.text, run.length): run for run in everything}  # one of each
+    for run in shapes.values():
+        assert parse(run.settings()).batch.length == run.length
 
 
-def _run(folder, *more):
+def _run(folder, *more, commit="first", status=0):
     text = folder / "text.txt"
     text.write_text("a text to learn by heart, line after line\n" * 400)
     command = [sys.executable, str(ROOT / "benchmarks" / "language_models.py"), "choices"]
     command += ["--only", "enwik8-8k-1000-hash16-fixed-seed0", "--runs", folder / "runs", "--out", folder / "out"]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "GIT_COMMIT": commit}
     command = [*map(str, command), "--", "--data", str(text), *TINY, *more]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    return done.stdout
 
 
-def test_a_run_is_kept_and_not_run_again(modules, tmp_path):
+def test_a_run_is_tried_again_and_kept_and_not_run_again(modules, tmp_path):
+    said = _run(tmp_path, "--model.buckets", "7", status=1)
+    assert "failed: status 2, train.py: --model.buckets must be even" in said
+    folder = tmp_path / "runs" / "enwik8-8k-1000-hash16-fixed-seed0"
+    folder.mkdir()
+    (folder / "metrics.jsonl").touch()  # ended before its first checkpoint
     assert "reason done" in _run(tmp_path)
     (path,) = (tmp_path / "out").iterdir()
     first, *records = map(json.loads, path.read_text().splitlines())
     assert first["kind"] == "run"
     assert first["environment"]["command"].startswith("python benchmarks/language_models.py choices")
     assert [record["kind"] for record in records] == ["train", "evaluation", "train", "final", "end"]
-    assert "was done" in _run(tmp_path)
+    assert "was done" in _run(tmp_path, commit="second")
     ((run, curve),) = modules["language_results"].load_curves(tmp_path / "out").items()
     assert str(run) == path.stem == "enwik8-8k-1000-hash16-fixed-seed0"
+    assert curve.environment["commit"] == "first"
     assert curve.final["loss"] == records[-2]["loss"]
     assert curve.held_out == {1: records[1]["loss"]}
     assert curve.visible.shape == (2, 1)
 
-
-def test_what_fails_is_said(tmp_path):
-    assert "failed with status 2: train.py: --model.buckets must be even" in _run(tmp_path, "--model.buckets", "7")
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records[:-1]))  # as if it had been killed
+    assert "begun on 1 x cpu, first, " in _run(tmp_path, commit="second", status=1)
 
 
 def _write(folder, modules, attention, seconds, held_out, length=8192):

@@ -22,9 +22,13 @@ class MetricsLog:
 
     def __init__(self, path: Path | None, step: int):
         self._path = path
+        self.training_seconds = 0.0
+        """What the records so far say that training has taken."""
         if path is None:
             return
-        records = [record for record in read_metrics(path) if record["step"] <= step and record["kind"] not in _LAST]
+        before = [record for record in read_metrics(path) if record["step"] <= step]
+        self.training_seconds = max((record.get("training_seconds", 0.0) for record in before), default=0.0)
+        records = [record for record in before if record["kind"] not in _LAST]
         fresh = path.with_suffix(".tmp")
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)

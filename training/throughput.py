@@ -11,9 +11,14 @@ def peak_bytes() -> int | None:
 
 
 class Throughput:
-    """A clock that runs while training does."""
+    """A clock that runs while training does.
 
-    def __init__(self):
+    Args:
+        before: seconds that a run took which this one goes on from.
+    """
+
+    def __init__(self, before: float = 0.0):
+        self._before = before
         self._tokens = 0
         self._seconds = 0.0
         self._resumed: float | None = None
@@ -36,10 +41,10 @@ class Throughput:
 
     @property
     def seconds(self) -> float:
-        """Time that the counted steps took."""
-        return self._seconds
+        """Time that the counted steps took, those before included."""
+        return self._before + self._seconds
 
     @property
     def tokens_per_second(self) -> float:
-        """The mean so far; 0 before the first step."""
+        """The mean since the clock was made; 0 before the first step."""
         return self._tokens / self._seconds if self._seconds > 0 else 0.0

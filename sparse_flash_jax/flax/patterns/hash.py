@@ -25,7 +25,7 @@ class Hash:
         centred: whether to hash vectors minus their running mean, which evens buckets out: see `lsh_buckets`.
         rounds: hashes, of which each shows what is in the same bucket, as in `hash_sparse_attention`.
         rotated: whether a layer with rotary positions hashes vectors as these have turned them: buckets then go by
-            place, too, and not by content alone.
+            place, too, and not by content alone. `plan` takes vectors as they are to be hashed.
     """
 
     num_buckets: int
