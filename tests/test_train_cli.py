@@ -32,6 +32,7 @@ from training.presets import PRESETS
 from training.run_folder import choose_folder, steps_in
 from training.saved_config import read_config, write_config
 from training.step import TrainState
+from training.throughput import Throughput
 from training.trained import load_trained
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -513,15 +514,17 @@ def test_metrics_resume_after_a_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, 0)
     for step in (1, 2, 3):
-        log.write("train", step, loss=float("nan"), visible=[0.5])
+        log.write("train", step, loss=float("nan"), visible=[0.5], training_seconds=10.0 * step)
     log.close()
     with path.open("a") as file:
         file.write('{"kind": "train", "st')
     log = MetricsLog(path, 2)
+    assert log.training_seconds == 20
     for kind in ("final", "sample", "end"):
-        log.write(kind, 2)
+        log.write(kind, 2, training_seconds=21.5)
     log.close()
     log = MetricsLog(path, 2)
+    assert log.training_seconds == Throughput(log.training_seconds).seconds == 21.5
     log.write("train", 3, loss=1.0)
     log.close()
     assert [(record["step"], record["loss"]) for record in read_metrics(path)] == [(1, None), (2, None), (3, 1.0)]

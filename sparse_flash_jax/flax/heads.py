@@ -56,9 +56,8 @@ def attend(
     """Attention of projected heads under a pattern.
 
     The plan is made before rotary positions are applied, so that buckets go by content, but for `Hash(rotated=True)`.
-    Where tokens are kept by learned
-    scores, their outputs and values pass through gates, by which the scores learn: see `score_gate`. A pattern that is
-    not scored, such as the dense one that `Auto` may choose, has no gates.
+    Where tokens are kept by learned scores, their outputs and values pass through gates, by which the scores learn: see
+    `score_gate`. A pattern that is not scored, such as the dense one that `Auto` may choose, has no gates.
 
     Args:
         pattern: what is visible.
