@@ -25,8 +25,7 @@ from typing import Any
 
 import jax
 from coverage_counts import SCHEMES, count_pairs, hashed_rounds, weigh_pairs
-from coverage_settings import SETTINGS, Setting
-from coverage_speed import DTYPES, speed_cases, timed_cases
+from coverage_speed import DTYPES, SETTINGS, Setting, speed_cases, timed_cases
 from coverage_vectors import KINDS, Vectors, drawn, of_run
 from environment import environment, written
 from passes import forward_tiles

@@ -1,25 +1,50 @@
-"""The calls that are timed beside coverage: ours and Reformer's, from queries and values, and dense attention."""
+"""The settings in which coverage is compared, and the calls that are timed in them.
+
+A setting says how many buckets there are at a length, and how long chunks are. The calls are ours and Reformer's, from
+queries and values, and dense attention.
+"""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from coverage_settings import Setting
 from passes import Call, memory_bytes
-from reformer import hash_rounds, reformer_attention
+from reformer import chunk_size, hash_rounds, reformer_attention
 from timing import measure
 
 from sparse_flash_jax.flax.heads import attend
 from sparse_flash_jax.flax.pattern import Hash
 from sparse_flash_jax.flax.shared_keys import normalise
 
+BUCKETS = 16  # the paper's, arXiv 2306.01160
+FIXED_CHUNK = 64  # of the code published with Reformer
+TOKENS_OF_A_BUCKET = 512
 TOKENS, HEADS, HEAD_DIM = {"cpu": 1, "gpu": 32_768}, {"cpu": 4, "gpu": 12}, 64  # of a batch; a longer sequence alone
 DTYPES = {"cpu": "float32", "gpu": "bfloat16"}
 CPU_LENGTH = 4096  # the longest that is timed there: T x T arrays of dense attention
 SPEED_ROUNDS = {"fixed": (1, 4), "rule": (1,), "growing": (1,)}
+
+
+class Setting(NamedTuple):
+    """Functions of the length."""
+
+    name: str
+    buckets: Callable[[int], int]
+    chunk: Callable[[int], int]
+
+
+def _growing(length: int) -> int:
+    return max(2, 2 * (length // (2 * TOKENS_OF_A_BUCKET)))
+
+
+SETTINGS = (
+    Setting("fixed", lambda length: BUCKETS, lambda length: min(FIXED_CHUNK, length)),
+    Setting("rule", lambda length: BUCKETS, lambda length: chunk_size(length, BUCKETS)),
+    Setting("growing", _growing, lambda length: chunk_size(length, _growing(length))),
+)
 
 
 class SpeedCase(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a result was measured on, and with what."""
+"""What a result was measured on, and with what; the same in words, for figures and below tables."""
 
 import contextlib
 import datetime
@@ -10,7 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def environment() -> dict[str, Any]:
     """Returns device, processor, versions, commit, command and date."""
-    device = jax.devices()[0]
+    first = jax.devices()[0]
     return {
-        "device": f"{jax.device_count()} x {device.device_kind}",
-        "platform": device.platform,
+        "device": f"{jax.device_count()} x {first.device_kind}",
+        "platform": first.platform,
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "jax": jax.__version__,
@@ -34,6 +34,35 @@ def environment() -> dict[str, Any]:
         "command": _command(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def device(environment: dict[str, Any]) -> str:
+    """Returns the kind of device, and how many there were if several."""
+    return environment["device"].removeprefix("1 x ")
+
+
+def described(*environments: dict[str, Any]) -> str:
+    """Returns on what results were measured: each device, JAX version and commit among their environments."""
+    devices = _distinct(_machine(each) for each in environments)
+    versions = _distinct(each["jax"] for each in environments)
+    commits = _distinct(each["commit"][:7] for each in environments if each["commit"] is not None)
+    named = f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}" if commits else "no commit"
+    return f"{' and '.join(devices)}, jax {' and '.join(versions)}, {named}"
+
+
+def source(*environments: dict[str, Any]) -> str:
+    """Returns the command that measured the first of these results, and on what all of them were."""
+    command = " ".join(environments[0]["command"].split()[:2])  # its options are in the result
+    return f"`{command}` on {described(*environments)}"
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    kind = device(environment)
+    return f"{environment['processor']}, {environment['cores']} cores" if kind == "cpu" else kind
+
+
+def _distinct(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
 
 
 @contextlib.contextmanager

@@ -2,24 +2,24 @@
 
 from pathlib import Path
 
+from environment import source
 from language_results import RESULTS, Curve, load_curves, sooner
 from language_runs import GROUPS, Run
-from markdown_table import markdown, source
+from markdown_table import markdown, or_dash
 
 DENSE = "dense-own-keys"
 
 
 def language_tables(folder: Path = RESULTS) -> dict[str, str]:
-    """Returns each table by the name in its markers; none where nothing has been measured."""
+    """Returns each table by the name in its markers, but for those of which nothing has been measured."""
     curves = load_curves(folder)
-    chosen = [curves[run] for run in GROUPS["choices"] if run in curves]
-    if not chosen:
-        return {}
-    pairs = headline_pairs(curves)
-    return {
-        "language-models": f"{_choices(chosen)}\n\n{source(*(curve.environment for curve in chosen))}.",
-        "sooner": f"{_sooner(pairs)}\n\n{source(*(curve.environment for pair in pairs for curve in pair))}.",
-    }
+    tables = {}
+    if chosen := [curves[run] for run in GROUPS["choices"] if run in curves]:
+        tables["language-models"] = f"{_choices(chosen)}\n\n{source(*(curve.environment for curve in chosen))}."
+    if pairs := headline_pairs(curves):
+        environments = [curve.environment for pair in pairs for curve in pair]
+        tables["sooner"] = f"{_sooner(pairs)}\n\n{source(*environments)}."
+    return tables
 
 
 def headline_pairs(curves: dict[Run, Curve]) -> list[tuple[Curve, Curve]]:
@@ -31,21 +31,21 @@ def headline_pairs(curves: dict[Run, Curve]) -> list[tuple[Curve, Curve]]:
 
 def _choices(curves: list[Curve]) -> str:
     """All kinds at one length, the best first."""
-    speed = {curve.run.attention: curve.tokens_per_second() for curve in curves}
+    dense = next((curve.tokens_per_second() for curve in curves if curve.run.attention == DENSE), None)
     quality = ["held-out loss, nats a byte", "bits per byte"]
     rows = [["layers", "keys", *quality, "tokens/s", "over dense", "visible, last step", "peak memory"]]
     for curve in sorted(curves, key=lambda curve: curve.final["loss"]):
-        name = curve.run.attention
+        speed = curve.tokens_per_second()
         rows.append(
             [
                 curve.run.kind.words,
                 "shared" if curve.run.kind.shared else "own",
                 f"{curve.final['loss']:.3f}",
                 f"{curve.final['bits_per_byte']:.3f}",
-                f"{speed[name] / 1e3:.0f} k",
-                f"{speed[name] / speed[DENSE]:.2f}x",
+                f"{speed / 1e3:.0f} k",
+                or_dash(dense and speed / dense, "{:.2f}x"),
                 f"{curve.visible[-1].mean():.3g}",
-                "-" if curve.peak_bytes is None else f"{curve.peak_bytes / 2**30:.1f} GiB",
+                or_dash(curve.peak_bytes and curve.peak_bytes / 2**30, "{:.1f} GiB"),
             ]
         )
     return markdown(rows)

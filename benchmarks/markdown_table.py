@@ -1,6 +1,4 @@
-"""Tables as Markdown, and the line under each that says what its figures were measured with."""
-
-from typing import Any
+"""Tables as Markdown."""
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -9,11 +7,6 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def source(environment: dict[str, Any], *others: dict[str, Any]) -> str:
-    """Returns command, device, version and commit of a result; others differ from it in the commit at most."""
-    device = environment["device"].removeprefix("1 x ")
-    where = f"{environment['processor']}, {environment['cores']} cores" if device == "cpu" else device
-    command = " ".join(environment["command"].split()[:2])  # its options are in the result
-    commits = list(dict.fromkeys(each["commit"][:7] for each in (environment, *others)))
-    named = f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
-    return f"`{command}` on {where}, jax {environment['jax']}, {named}"
+def or_dash(x: float | None, form: str) -> str:
+    """Returns the cell of a figure; a dash where it is missing."""
+    return "-" if x is None else form.format(x)

@@ -12,16 +12,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from environment import ROOT
+from environment import ROOT, device
+from figures import INK, by_length, entry, figure_of, finish, finish_figure, legend
 from language_results import RESULTS as LANGUAGE
+from pattern_names import brief
 from plot_language import draw_language
 from plot_sweeps import draw_sweeps
 from sweep_results import SWEEPS, paper
-from tables import PAGES, SHOWN, SINGLE, SWEPT, Records, load, tables, write_pages
+from tables import PAGES, SINGLE, SWEPT, Records, load, tables, write_pages
 
 PICTURE = ROOT / "docs" / "speedup.png"
 COLOURS = {"hash16": "#0072B2", "hash64": "#009E73", "qk50": "#E69F00", "qk70": "#D55E00"}  # Okabe and Ito
-INK, GRID = "#222222", "#E4E4E4"
 PANELS = {"Hash-sparse": ("hash16", "hash64"), "QK-sparse": ("qk50", "qk70")}
 
 # "Faster Causal Attention Over Large Sequences Through Sparse Flash Attention", arXiv 2306.01160, on whole training
@@ -49,10 +50,7 @@ def main() -> None:
 
 def draw(path: Path) -> None:
     """Writes the figure: a panel for each method."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.4, 4.8))
-    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.06)
+    figure = figure_of(10.4, 4.8)
     (swept_on, swept), (single_on, single) = load(SWEPT), load(SINGLE)
     axes = figure.subplots(1, len(PANELS), sharey=True)
     for ax, (title, patterns) in zip(axes, PANELS.items(), strict=True):
@@ -60,9 +58,8 @@ def draw(path: Path) -> None:
             _draw_pattern(ax, pattern, swept, single)
         _finish(ax, title, sorted({length for _, length in swept}))
     axes[0].set_ylabel("times as fast as dense attention", color=INK)
-    figure.legend(handles=_legend(swept_on, single_on), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.suptitle("Forward + backward over dense attention, by length", color=INK, fontweight="bold")
-    figure.savefig(path, dpi=110)
+    legend(figure, _entries(swept_on, single_on), ncols=3)
+    finish_figure(figure, "Forward + backward over dense attention, by length", path)
 
 
 def _draw_pattern(ax: Any, pattern: str, swept: Records, single: Records) -> None:
@@ -72,7 +69,7 @@ def _draw_pattern(ax: Any, pattern: str, swept: Records, single: Records) -> Non
     ax.plot(lengths, [_speedup(record) for _, record in ours], color=colour, marker="o", markersize=4, linewidth=2)
     ax.plot(lengths, [1 / record["density"] for _, record in ours], color=colour, linestyle=(0, (5, 4)), linewidth=1)
     ax.annotate(
-        f"{SHOWN[pattern].replace(' of q and k', '')}: at most {1 / ours[0][1]['density']:.3g}x",
+        f"{brief(pattern)}: at most {1 / ours[0][1]['density']:.3g}x",
         (lengths[0], 1 / ours[0][1]["density"]),
         xytext=(0, 4),
         textcoords="offset points",
@@ -104,37 +101,26 @@ def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
 
 
 def _finish(ax: Any, title: str, lengths: list[int]) -> None:
-    ax.set_xscale("log", base=2)
+    by_length(ax, lengths)
     ax.set_yscale("log", base=2)
     ax.axhline(1, color=INK, linewidth=1)
     ax.annotate("dense", (lengths[-1], 1), xytext=(0, 3), textcoords="offset points", ha="right", fontsize=9, color=INK)
-    ax.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
     factors = [0.5, 1, 2, 4, 8, 16, 32, 64]
     ax.set_yticks(factors, [f"{factor:g}x" for factor in factors])
     ax.set_ylim(0.5, 100)
-    ax.minorticks_off()
-    ax.grid(color=GRID)
-    ax.set_axisbelow(True)
     ax.set_title(title, color=INK)
     ax.set_xlabel("tokens of a sequence", color=INK)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
+    finish(ax)
 
 
-def _legend(swept_on: dict[str, Any], single_on: dict[str, Any]) -> list[Any]:
-    from matplotlib.lines import Line2D
-
-    def entry(label: str, **style: Any) -> Line2D:
-        everything: dict[str, Any] = {"color": INK, "linestyle": ""} | style
-        return Line2D([], [], label=label, **everything)
-
-    device = swept_on["device"].split(" x ", 1)[1]
+def _entries(swept_on: dict[str, Any], single_on: dict[str, Any]) -> list[Any]:
+    point: dict[str, Any] = {"linestyle": "", "markerfacecolor": "white"}
     return [
-        entry(f"ours over cuDNN, {device},\ncommit {swept_on['commit'][:7]}", linestyle="-", marker="o", markersize=4),
-        entry(f"ours over cuDNN,\ncommit {single_on['commit'][:7]}", marker="*", markersize=10),
+        entry(f"ours over cuDNN, {device(swept_on)},\ncommit {swept_on['commit'][:7]}", marker="o", markersize=4),
+        entry(f"ours over cuDNN,\ncommit {single_on['commit'][:7]}", linestyle="", marker="*", markersize=10),
         entry("ceiling: dense time for\nthe visible pairs alone", linestyle=(0, (5, 4)), linewidth=1),
-        entry("paper over FlashAttention, A100,\nread off its figures", marker="s", markerfacecolor="white"),
-        entry("paper over FlashAttention,\nwhole training steps", marker="D", markerfacecolor="white"),
+        entry("paper over FlashAttention, A100,\nread off its figures", marker="s", **point),
+        entry("paper over FlashAttention,\nwhole training steps", marker="D", **point),
     ]
 
 

@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from environment import ROOT
-from plot import GRID, INK
+from environment import ROOT, device
+from figures import INK, by_length, entry, figure_of, finish, finish_figure, legend
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PICTURE = ROOT / "docs" / "coverage.png"
@@ -47,10 +47,7 @@ def main() -> None:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Writes the figure."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13.2, 5.2))
-    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.06)
+    figure = figure_of(13.2, 5.2)
     pairs, weights, cost = figure.subplots(1, 3)
     coverage, on = result["coverage"], result["environment"]
     _draw_pairs(pairs, coverage)
@@ -58,14 +55,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
     vectors = next((kind for kind in ("trained", "clusters") if kind in kinds), coverage[0]["vectors"])
     _draw_weights(weights, [record for record in coverage if record["vectors"] == vectors], vectors)
     if result["speed"]:
-        _draw_times(cost, result["speed"], on["device"].split(" x ", 1)[1])
+        _draw_times(cost, result["speed"], device(on))
     else:
         _draw_computed(cost, [record for record in coverage if record["vectors"] == vectors])
     for ax, measured in ((pairs, coverage), (weights, coverage), (cost, result["speed"] or coverage)):
-        _finish(ax, sorted({record["length"] for record in measured}))
-    figure.legend(handles=_legend(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.suptitle("Exact buckets and Reformer's chunks, by length", color=INK, fontweight="bold")
-    figure.savefig(path, dpi=110)
+        by_length(ax, sorted({record["length"] for record in measured}))
+        ax.set_xlabel("tokens of a sequence", color=INK)
+        finish(ax)
+    legend(figure, _entries(), ncols=3)
+    finish_figure(figure, "Exact buckets and Reformer's chunks, by length", path)
 
 
 def _draw_pairs(ax: Any, coverage: Records) -> None:
@@ -101,7 +99,7 @@ def _draw_computed(ax: Any, of_kind: Records) -> None:
     ax.set_title("pairs that are computed, over dense causal's", color=INK, fontsize=11)
 
 
-def _draw_times(ax: Any, speed: Records, device: str) -> None:
+def _draw_times(ax: Any, speed: Records, where: str) -> None:
     timed = [record for record in speed if "seconds" in record]
     milliseconds = lambda record: 1e3 * record["seconds"]["median"]
     for rounds, style in ((1, "-"), (ROUNDS, DASHED)):
@@ -112,7 +110,7 @@ def _draw_times(ax: Any, speed: Records, device: str) -> None:
     dense = sorted((record["length"], milliseconds(record)) for record in timed if record["scheme"] == "dense")
     ax.plot(*zip(*dense, strict=True), color=DENSE, marker="o", markersize=3)
     ax.set_yscale("log")
-    ax.set_title(f"ms, forward + backward, {device}\n(dashed: {ROUNDS} rounds)", color=INK, fontsize=11)
+    ax.set_title(f"ms, forward + backward, {where}\n(dashed: {ROUNDS} rounds)", color=INK, fontsize=11)
 
 
 def _line(ax: Any, records: Records, setting: str, value: Any, colour: str, style: Any) -> None:
@@ -129,24 +127,11 @@ def _shares(ax: Any, title: str) -> None:
     ax.set_title(title, color=INK, fontsize=11)
 
 
-def _finish(ax: Any, lengths: list[int]) -> None:
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(lengths, [f"{length / 1024:g}k" for length in lengths])
-    ax.minorticks_off()
-    ax.grid(color=GRID)
-    ax.set_axisbelow(True)
-    ax.set_xlabel("tokens of a sequence", color=INK)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-
-
-def _legend() -> list[Any]:
-    from matplotlib.lines import Line2D
-
+def _entries() -> list[Any]:
     entries = [(OURS, f"ours, {OURS_NAMES['fixed']}"), (OURS_GROWING, f"ours, {OURS_NAMES['growing']}")]
     entries.append((DENSE, "dense causal attention"))
     entries += [(colour, f"Reformer, {NAMES[setting]}") for setting, colour in COLOURS.items()]
-    return [Line2D([], [], color=colour, label=label, marker="o", markersize=4) for colour, label in entries]
+    return [entry(label, color=colour, marker="o", markersize=4) for colour, label in entries]
 
 
 if __name__ == "__main__":

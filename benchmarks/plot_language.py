@@ -4,17 +4,17 @@
 """
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from environment import ROOT
+from figures import INK, figure_of, finish, finish_figure, legend
 from language_results import RESULTS, Curve, load_curves, sooner
 from language_runs import GROUPS
 from language_tables import headline_pairs
-from plot_sweeps import INK, figure_of, finish, finish_figure, legend
 
-SPARSE, DENSE = "#0072B2", "#222222"
+SPARSE, DENSE = "#0072B2", INK
 HEADLINE, CHOICES, PROGRESS = "language-models.png", "language-choices.png", "language-progress.png"
 
 
@@ -28,14 +28,18 @@ def main() -> None:
 
 
 def draw_language(data: Path, folder: Path) -> list[Path]:
-    """Writes the figures into a folder, and returns their paths."""
+    """Writes those figures into a folder of which there are results, and returns their paths."""
     curves = load_curves(data)
     chosen = [curves[run] for run in GROUPS["choices"] if run in curves]
-    paths = [folder / name for name in (HEADLINE, CHOICES, PROGRESS)]
-    _draw_headline(paths[0], headline_pairs(curves))
-    _draw_choices(paths[1], chosen)
-    _draw_progress(paths[2], chosen)
-    return paths
+    figures: dict[Path, tuple[Callable[[Path, list[Any]], None], list[Any]]] = {
+        folder / HEADLINE: (_draw_headline, headline_pairs(curves)),
+        folder / CHOICES: (_draw_choices, chosen),
+        folder / PROGRESS: (_draw_progress, [curve for curve in chosen if _all_hash(curve)]),
+    }
+    for path, (draw, shown) in figures.items():
+        if shown:
+            draw(path, shown)
+    return [path for path, (_, shown) in figures.items() if shown]
 
 
 def _draw_headline(path: Path, pairs: list[tuple[Curve, Curve]]) -> None:
@@ -63,7 +67,8 @@ def _draw_headline(path: Path, pairs: list[tuple[Curve, Curve]]) -> None:
         finish(ax)
     figure.axes[0].set_ylabel("held-out loss, nats a byte", color=INK)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    legend(figure, pairs[-1][0].environment, dict(zip(labels, handles, strict=True)).values(), ncols=2)
+    environments = [curve.environment for pair in pairs for curve in pair]
+    legend(figure, dict(zip(labels, handles, strict=True)).values(), *environments, ncols=2)
     finish_figure(figure, f"The same {pairs[0][0].run.steps} steps on enwik8, keys of their own", path)
 
 
@@ -95,18 +100,15 @@ def _draw_choices(path: Path, curves: list[Curve]) -> None:
     for ax in axes:
         ax.set_ylim(top=2.9)
         finish(ax)
-    legend(figure, curves[0].environment, axes[0].get_lines(), ncols=2)
+    legend(figure, axes[0].get_lines(), *(curve.environment for curve in curves), ncols=2)
     finish_figure(figure, f"What layers see, at {curves[0].run.length // 1024}k tokens, and the final loss", path)
 
 
 def _draw_progress(path: Path, curves: list[Curve]) -> None:
-    """How visible pairs, layer by layer, and step time change as models learn; of those that hash."""
-    hashed = [
-        curve for curve in curves if curve.run.attention.startswith("hash") and "dense" not in curve.run.attention
-    ]
-    figure = figure_of(10.4, 3.4 * len(hashed) + 0.6)
-    panels = figure.subplots(len(hashed), 2, sharex=True, squeeze=False)
-    for (left, right), curve in zip(panels, hashed, strict=True):
+    """How visible pairs, layer by layer, and step time change as models learn."""
+    figure = figure_of(10.4, 3.4 * len(curves) + 0.6)
+    panels = figure.subplots(len(curves), 2, sharex=True, squeeze=False)
+    for (left, right), curve in zip(panels, curves, strict=True):
         for layer, colour in enumerate(_shades(curve.visible.shape[1])):
             left.plot(curve.steps, curve.visible[:, layer], color=colour, linewidth=1.3, label=f"layer {layer + 1}")
         left.set_ylabel("share of visible pairs", color=INK)
@@ -120,8 +122,13 @@ def _draw_progress(path: Path, curves: list[Curve]) -> None:
         finish(right)
     for ax in panels[-1]:
         ax.set_xlabel("step", color=INK)
-    legend(figure, hashed[0].environment, panels[0][0].get_lines(), ncols=6)
+    legend(figure, panels[0][0].get_lines(), *(curve.environment for curve in curves), ncols=6)
     finish_figure(figure, "Buckets and step time while models learn", path)
+
+
+def _all_hash(curve: Curve) -> bool:
+    """Whether all layers hash."""
+    return curve.run.attention.startswith("hash") and "dense" not in curve.run.attention
 
 
 def _titled(curve: Curve) -> str:
@@ -132,15 +139,14 @@ def _styles(curves: Iterable[Curve]) -> list[dict[str, Any]]:
     """Dense in black, others by colour; dashed where keys are shared."""
     from matplotlib import colormaps
 
-    names = sorted({curve.run.attention.removesuffix("-own-keys") for curve in curves} - {"dense"})
-    colours = {name: colormaps["tab10" if len(names) <= 10 else "tab20"](i) for i, name in enumerate(names)}
-    styles = []
-    for curve in curves:
-        name = curve.run.attention
-        dashes = (0, (4, 2)) if curve.run.kind.shared else "-"
-        colour = colours.get(name.removesuffix("-own-keys"), DENSE)
-        styles.append({"color": colour, "linestyle": dashes, "linewidth": 1.8, "marker": "o", "markersize": 3})
-    return styles
+    names = [curve.run.attention.removesuffix("-own-keys") for curve in curves]
+    sparse = sorted({*names} - {"dense"})
+    colours = {name: colormaps["tab10" if len(sparse) <= 10 else "tab20"](i) for i, name in enumerate(sparse)}
+    look = {"linewidth": 1.8, "marker": "o", "markersize": 3}
+    return [
+        look | {"color": colours.get(name, DENSE), "linestyle": (0, (4, 2)) if curve.run.kind.shared else "-"}
+        for name, curve in zip(names, curves, strict=True)
+    ]
 
 
 def _shades(count: int) -> list[Any]:

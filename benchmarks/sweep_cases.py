@@ -4,9 +4,11 @@ It also decides what is left out for want of memory, and which cases are compile
 """
 
 import heapq
+import operator
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from pattern_names import parted
 from selection import Case, Shape, buckets_pattern, causal, dropping
 
 BUCKETS = (2, 4, 8, 16, 32, 64)
@@ -46,11 +48,10 @@ class SweepCase(NamedTuple):
         return Case(Shape(self.batch, self.length, self.heads, self.head_dim), self._pattern(), self.dtype)
 
     def _pattern(self):
-        if self.pattern == "causal":
+        method, number = parted(self.pattern)
+        if method == "causal":
             return causal
-        if self.pattern.startswith("hash"):
-            return buckets_pattern(int(self.pattern.removeprefix("hash")))
-        return dropping(int(self.pattern.removeprefix("qk")), self.length)
+        return buckets_pattern(int(number)) if method == "hash" else dropping(int(number), self.length)
 
     def __str__(self) -> str:
         return f"{self.case}, {self.method}"
@@ -116,15 +117,12 @@ def shares(cases: Iterable[SweepCase], processes: int) -> list[list[SweepCase]]:
     """
     units: dict[tuple, list[SweepCase]] = {}
     for case in cases:
-        family = case.pattern.rstrip("0123456789") if case.method == "sparse" else case.method
+        family = parted(case.pattern)[0] if case.method == "sparse" else case.method
         units.setdefault((case.length, case.heads, family), []).append(case)
     heap: list[tuple[int, int, list[SweepCase]]] = [(0, i, []) for i in range(processes)]
     for unit in sorted(units.values(), key=len, reverse=True):
         count, i, share = heapq.heappop(heap)
         heapq.heappush(heap, (count + len(unit), i, share + unit))
-    filled = [sorted(share, key=_size, reverse=True) for _, _, share in heap if share]
-    return sorted(filled, key=lambda share: _size(share[0]))
-
-
-def _size(case: SweepCase) -> int:
-    return case.peak_bytes
+    size = operator.attrgetter("peak_bytes")
+    filled = [sorted(share, key=size, reverse=True) for _, _, share in heap if share]
+    return sorted(filled, key=lambda share: size(share[0]))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import ROOT
+from pattern_names import parted
 
 RESULTS = ROOT / "benchmarks" / "results"
 SWEEPS, PAPER = RESULTS / "sweeps-gpu.json", RESULTS / "paper-a100.json"
@@ -54,6 +55,5 @@ def paper() -> dict[str, Any]:
 
 def density(pattern: str) -> float:
     """Returns the share of dense causal attention's pairs that "hash16", "qk50" and their like show, on average."""
-    if pattern.startswith("hash"):
-        return 1 / int(pattern.removeprefix("hash"))
-    return (1 - int(pattern.removeprefix("qk")) / 100) ** 2
+    method, number = parted(pattern)
+    return 1 / int(number) if method == "hash" else (1 - int(number) / 100) ** 2

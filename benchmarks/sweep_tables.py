@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from markdown_table import markdown, source
+from environment import source
+from markdown_table import markdown, or_dash
+from pattern_names import brief, words
 from sweep_cases import HASHED, QK
 from sweep_results import SWEEPS, Rows, load_rows, paper
 
@@ -15,6 +17,8 @@ def sweep_tables(path: Path = SWEEPS) -> dict[str, str]:
     if not path.exists():
         return {}
     environment, rows = load_rows(path)
+    if not rows:
+        return {}
     return {
         "sweeps": f"{_by_length(rows)}\n\n{source(environment)}.",
         "sweeps-paper": f"{_beside_paper(rows)}\n\n{source(environment)}; the paper's are {paper()['how']}.",
@@ -23,12 +27,11 @@ def sweep_tables(path: Path = SWEEPS) -> dict[str, str]:
 
 def _by_length(rows: Rows) -> str:
     """Forward + backward over cuDNN's dense causal attention: a row a length, a column a pattern."""
-    names = [f"{pattern.removeprefix('hash')} buckets" for pattern in HASHED]
-    table = [["T", "cuDNN dense", *names, *(f"{pattern.removeprefix('qk')} % dropped" for pattern in QK)]]
+    table = [["T", "cuDNN dense", *map(brief, HASHED + QK)]]
     for length in sorted(length for method, _, heads, length in rows if (method, heads) == ("dense", HEADS)):
         dense = _ms(rows, "dense", "causal", length)
         speedups = [_over(dense, _ms(rows, "sparse", pattern, length)) for pattern in HASHED + QK]
-        table.append([str(length), _or_dash(dense, "{:.2f} ms"), *(_or_dash(x, "{:.1f}x") for x in speedups)])
+        table.append([str(length), or_dash(dense, "{:.2f} ms"), *(or_dash(x, "{:.1f}x") for x in speedups)])
     return markdown(table)
 
 
@@ -39,14 +42,14 @@ def _beside_paper(rows: Rows) -> str:
     device = measured["device"]
     columns = ["ours, ms", "over cuDNN dense", f"the paper's on an {device}, ms", "over its FlashAttention"]
     dense, flash = _ms(rows, "dense", "causal", length), paper_ms["flash"]
-    table = [["", *columns], ["dense", _or_dash(dense, "{:.1f}"), "1x", f"{flash}", "1x"]]
+    table = [["", *columns], ["dense", or_dash(dense, "{:.1f}"), "1x", f"{flash}", "1x"]]
     for pattern in HASHED + QK:
         ms = _ms(rows, "sparse", pattern, length)
         table.append(
             [
-                f"{pattern[4:]} buckets" if pattern in HASHED else f"{pattern[2:]} % of q and k dropped",
-                _or_dash(ms, "{:.1f}"),
-                _or_dash(_over(dense, ms), "{:.1f}x"),
+                words(pattern),
+                or_dash(ms, "{:.1f}"),
+                or_dash(_over(dense, ms), "{:.1f}x"),
                 f"{paper_ms[pattern]}",
                 f"{flash / paper_ms[pattern]:.2g}x",
             ]
@@ -60,7 +63,3 @@ def _ms(rows: Rows, method: str, pattern: str, length: int) -> float | None:
 
 def _over(dense: float | None, ms: float | None) -> float | None:
     return None if dense is None or ms is None else dense / ms
-
-
-def _or_dash(x: float | None, form: str) -> str:
-    return "-" if x is None else form.format(x)

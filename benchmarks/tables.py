@@ -7,22 +7,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from environment import ROOT
+from environment import ROOT, source
 from language_tables import language_tables
-from markdown_table import markdown, source
+from markdown_table import markdown
+from pattern_names import words
 from sweep_tables import sweep_tables
 from time_shares import PACKAGE
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHOWN = {"hash16": "16 buckets", "hash64": "64 buckets", "qk50": "half of q and k dropped", "qk70": "70 % dropped"}
-WORDS = {
-    "hash": "{} buckets",
-    "centred": "{} buckets, centred",
-    "qk": "{} % of q and k dropped",
-    "none": "none",
-    "dense": "cuDNN dense",
-    "mha": "JAX's Pallas-Triton flash",
-}
 SWEPT, SINGLE, STEPS = "density-gpu.json", "attention-gpu-end-to-end.json", "train-step-gpu.json"
 BLOCKS = ("blocks-gpu.json", "blocks-gpu-64k.json")
 DIVIDED = "context-gpu.json"
@@ -72,10 +65,12 @@ def in_page(page: str, text: str) -> str:
     """Returns the text of a page with each of its tables anew between its markers.
 
     Raises:
-        ValueError: if it has not one pair of markers for a table.
+        ValueError: if a table has no results, or the page has not one pair of markers for it.
     """
     made = tables()
     for name in PAGES[page]:
+        if name not in made:
+            raise ValueError(f"{page} has a table {name!r} of which there are no results; measure it, or see PAGES.")
         begin, end = f"<!-- table {name} -->\n\n", f"\n<!-- end of {name} -->"
         pattern = f"{begin}.*?{end}"
         if len(re.findall(pattern, text, re.DOTALL)) != 1:
@@ -86,9 +81,9 @@ def in_page(page: str, text: str) -> str:
 
 def write_pages() -> None:
     """Writes the tables anew into all pages."""
-    for page in PAGES:
-        path = ROOT / page
-        path.write_text(in_page(page, path.read_text()))
+    texts = {ROOT / page: in_page(page, (ROOT / page).read_text()) for page in PAGES}  # all, before one is written
+    for path, text in texts.items():
+        path.write_text(text)
 
 
 def _speed_up() -> str:
@@ -112,7 +107,7 @@ def _end_to_end() -> str:
         peaks = [record["memory_bytes"][name]["peak"] / 2**20 for name in times[:2]]
         rows.append(
             [
-                f"{record['case'].split('-')[0]} T{length}, {_words(pattern)}",
+                f"{record['case'].split('-')[0]} T{length}, {words(pattern)}",
                 *(f"{1e3 * record['seconds'][name]['median']:.2f} ms" for name in times),
                 f"{record['speedup'][BOTH]:.3g}x",
                 f"{peaks[0]:.0f}, {peaks[1]:.0f} MiB",
@@ -131,7 +126,7 @@ def _training_step() -> str:
         rows.append(
             [
                 str(step["length"]),
-                _words(step["attention"]),
+                words(step["attention"]),
                 f"{1e3 * step['seconds']['median']:.1f}",
                 " to ".join(f"{1e3 * step['seconds'][name]:.1f}" for name in ("best", "worst")),
                 f"{step['tokens_per_second'] / 1e3:.0f} k",
@@ -163,9 +158,7 @@ def _patterns() -> str:
     environment, swept = load(SWEPT)
     longest = max(length for _, length in swept)
     result = json.loads((RESULTS / BLOCKS[1]).read_text())
-    cases = [
-        (WORDS[name.rstrip("0123456789")].format(re.sub(r"\D", "", name)), swept[name, longest], BOTH) for name in SHOWN
-    ]
+    cases = [(words(name), swept[name, longest], BOTH) for name in SHOWN]
     for case in result["cases"]:
         name = {
             "blocks": f"{case['percent']} % of causal's blocks of {case['block']}, plan given",
@@ -199,12 +192,6 @@ def _two_devices() -> str:
         times = (f"{1e3 * seconds[column]:.3g}" for column in columns)
         rows.append([str(length), pattern, *times, f"{best:.2f}x"])
     return f"{markdown(rows)}\n\n{source(result['environment'])}."
-
-
-def _words(name: str) -> str:
-    """A pattern of the cases, or the attention of a step, in words."""
-    method = name.rstrip("0123456789")
-    return WORDS[method].format(name.removeprefix(method))
 
 
 def _break_even(measured: dict[str, Any]) -> str:

@@ -118,3 +118,31 @@ def test_figures_and_tables(modules, tmp_path):
     tables = modules["language_tables"].language_tables(tmp_path)
     assert "| 16 buckets | shared | 1.000 | 1.000 | 655 k | 1.00x | 0.375 | 1.0 GiB |" in tables["language-models"]
     assert tables["sooner"].count("1.0x |") == 2
+
+
+def test_what_was_not_measured_is_left_out(modules, tmp_path):
+    pytest.importorskip("matplotlib")
+    draw, tables = modules["plot_language"].draw_language, modules["language_tables"].language_tables
+    assert (draw(tmp_path, tmp_path), tables(tmp_path)) == ([], {})
+
+    _write(tmp_path, modules, "qk50", 5.0, [3.0, 2.5, 1.5, 1.0])  # no dense model, and none that hashes
+    assert [path.name for path in draw(tmp_path, tmp_path)] == ["language-choices.png"]
+    made = tables(tmp_path)
+    assert made.keys() == {"language-models"}
+    assert "| 50 % of q and k dropped | shared | 1.000 | 1.000 | 655 k | - | 0.375 |" in made["language-models"]
+
+
+def test_figures_name_all_commits(modules, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    for attention in ("dense-own-keys", "local-dense-own-keys"):
+        run = _write(tmp_path, modules, attention, 5.0, [3.0, 2.5, 1.5, 1.0], 16_384)  # a length without `choices`
+    path = tmp_path / f"{run}.jsonl"
+    path.write_text(path.read_text().replace("0123456789", "abcdefghij"))
+    drawn = []
+    monkeypatch.setattr(modules["plot_language"], "finish_figure", lambda figure, *_: drawn.append(figure))
+    assert [path.name for path in modules["plot_language"].draw_language(tmp_path, tmp_path)] == ["language-models.png"]
+    (named,) = drawn[0].legends
+    assert named.get_title().get_text() == "a GPU, jax 0.0, commits 0123456, abcdefg"
+    made = modules["language_tables"].language_tables(tmp_path)
+    assert made.keys() == {"sooner"}
+    assert made["sooner"].endswith("on a GPU, jax 0.0, commits 0123456, abcdefg.")

@@ -165,3 +165,31 @@ def test_figures_are_drawn_of_what_is_there(sweeps, tmp_path, longest):
     pictures = sweeps["plot_sweeps"].draw_sweeps(path, tmp_path)
     assert len(pictures) == 3
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+
+
+def test_lines_break_where_a_point_is_missing(sweeps, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "sweeps.json"
+    _results(sweeps, path, longest=32_768)
+    result = json.loads(path.read_text())
+    lacking = [row for row in result["cases"] if (row["pattern"], row["length"]) != ("hash8", 32_768)]
+    path.write_text(json.dumps(result | {"cases": [*lacking, result["cases"][0] | {"length": 2048}]}))  # dense alone
+    drawn = []
+    monkeypatch.setattr(sweeps["plot_sweeps"], "finish_figure", lambda figure, *_: drawn.append(figure))
+    sweeps["plot_sweeps"].draw_sweeps(path, tmp_path)
+
+    lines = {line.get_label(): line.get_xydata().tolist() for line in drawn[0].axes[0].get_lines()}
+    assert lines["cuDNN dense causal"] == [[1024, 1], [2048, 1], [32_768, 32]]
+    np.testing.assert_array_equal(lines["16 buckets"], [[1024, 1 / 8], [2048, np.nan], [32_768, 4]])
+    assert lines["8 buckets"] == [[1024, 1 / 4]]
+    assert lines["FlexAttention, 16 buckets, sorted before"] == [[1024, 1 / 8], [32_768, 4]]  # few lengths by choice
+    paper = drawn[2].axes[0]
+    np.testing.assert_allclose(paper.get_lines()[1].get_ydata(), [1, 2, np.nan, 8, 16, 32])
+    assert not any("nan" in text.get_text() for text in paper.texts)
+
+
+def test_nothing_measured_is_nothing_shown(sweeps, tmp_path):
+    path = tmp_path / "sweeps.json"
+    path.write_text(json.dumps({"environment": ENVIRONMENT, "cases": []}))
+    assert sweeps["sweep_tables"].sweep_tables(path) == {}
+    assert sweeps["plot_sweeps"].draw_sweeps(path, tmp_path) == []

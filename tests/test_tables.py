@@ -36,6 +36,23 @@ def test_a_page_without_markers_is_refused(tables):
         tables.in_page("README.md", "# A title\n")
 
 
+def test_a_table_without_results_is_named(tables, monkeypatch):
+    made = {name: table for name, table in tables.tables().items() if name != "sooner"}
+    monkeypatch.setattr(tables, "tables", lambda: made)
+    with pytest.raises(ValueError, match=r"README\.md has a table 'sooner' of which there are no results"):
+        tables.in_page("README.md", (ROOT / "README.md").read_text())
+
+
+def test_sources_name_once_what_differs(tables):
+    first = {"device": "1 x a GPU", "jax": "0.0", "commit": "0123456789", "command": "python x.py --option"}
+    assert tables.source(first, first) == "`python x.py` on a GPU, jax 0.0, commit 0123456"
+    others = (first | {"commit": "abcdefghij"}, first | {"device": "2 x a GPU", "jax": "0.1", "commit": None})
+    expected = "`python x.py` on a GPU and 2 x a GPU, jax 0.0 and 0.1, commits 0123456, abcdefg"
+    assert tables.source(first, *others) == expected
+    cpu = first | {"device": "1 x cpu", "processor": "a CPU", "cores": 2, "commit": None}
+    assert tables.source(cpu) == "`python x.py` on a CPU, 2 cores, jax 0.0, no commit"
+
+
 @pytest.mark.parametrize(
     ("pairs", "dense", "expected"),
     [
