@@ -52,7 +52,8 @@ def test_a_wrong_result_is_reported_and_seen_again(monkeypatch, capsys):
     monkeypatch.setattr(sfj, "sparse_attention", wrong)
     # A seed of its own, since what is compiled here stays wrong; and one whose queries see something.
     assert fuzz.main(["--seed", "89", "--cases", "2", "--device", "cpu", "--implementation", "xla"]) == 1
-    *reports, summary = capsys.readouterr().out.splitlines()
+    *lines, summary = capsys.readouterr().out.splitlines()
+    reports = [line for line in lines if line.startswith("wrong: ")]  # on a slow machine progress is told in between
     assert re.fullmatch(r"2 cases \(xla 2\), 2 wrong, \d+ s", summary)
     assert len(reports) == 2
     assert re.match(r"wrong: B.*: xla: lse: error \S+ exceeds its budget", reports[1])
@@ -60,4 +61,4 @@ def test_a_wrong_result_is_reported_and_seen_again(monkeypatch, capsys):
     python, script, *arguments = shlex.split(reports[1].split("; again: ")[1])
     assert (python, script) == ("python", "tests/fuzz.py")
     assert fuzz.main(arguments) == 1
-    assert capsys.readouterr().out.splitlines()[0] == reports[1]
+    assert reports[1] in capsys.readouterr().out.splitlines()
