@@ -12,8 +12,8 @@ from sparse_flash_jax.kernels.interval import permuted_attention
 from sparse_flash_jax.patterns import hash_sparse, qk_sparse
 from sparse_flash_jax.permute import restore_lse
 from sparse_flash_jax.plan import AttentionPlan
-from sparse_flash_jax.rounds import Rounds, attend_in_rounds, hash_rounds
-from sparse_flash_jax.validation import check_attention_inputs, check_logits, check_scale
+from sparse_flash_jax.rounds import Rounds, attend_in_rounds, hash_rounds, near_plan
+from sparse_flash_jax.validation import check_attention_inputs, check_logits, check_near, check_scale
 
 
 @overload
@@ -161,6 +161,7 @@ def hash_sparse_attention(
     window: int | None = None,
     centred: bool = False,
     rounds: int = 1,
+    near: int | None = None,
     scale: float | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
@@ -182,6 +183,8 @@ def hash_sparse_attention(
         window: positions that a query looks back, its own included; None for all.
         centred: whether to hash vectors minus their running mean, which evens buckets out: see `lsh_buckets`.
         rounds: hashes, at least 1, each with rotations drawn from a part of `key`.
+        near: positions back, its own included, that a query sees whatever their buckets, each once and in the same
+            softmax: a sliding window beside the buckets, at the cost of another round. For causal attention.
         scale: as in `sparse_attention`.
         implementation: as in `sparse_attention`.
         return_residual: as in `sparse_attention`.
@@ -191,16 +194,20 @@ def hash_sparse_attention(
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `lsh_buckets`, `hash_sparse` and `sparse_attention`.
+        ValueError: if near is not positive, is more than the window, or attention is not causal.
 
     Source: arXiv 2306.01160, section 3.2; rounds as in "Reformer: The Efficient Transformer", arXiv 2001.04451, which
         counts a pair in each round that shows it, and then divides.
     """
     check_attention_inputs(q, k, v)
     check_scale(scale)
+    check_near(near, window, causal)
     buckets = hash_rounds(q, k, num_buckets, key, rounds, centred=centred, implementation=implementation)
     rule = {"causal": causal, "exclude_self": exclude_self, "window": window}
     plans = tuple(hash_sparse(*x, **rule, num_buckets=num_buckets, implementation=implementation) for x in buckets)
-    if rounds == 1:
+    if near is not None:
+        plans += (near_plan((q.shape[1], k.shape[1]), near, exclude_self=exclude_self),)
+    if len(plans) == 1:
         return sparse_attention(
             q, k, v, plans[0], scale=scale, implementation=implementation, return_residual=return_residual
         )

@@ -12,12 +12,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
+from sparse_flash_jax.documents import document_groups
 from sparse_flash_jax.hashing import hash_sides
 from sparse_flash_jax.kernels.config import Config
 from sparse_flash_jax.kernels.interval import permuted_attention
 from sparse_flash_jax.kernels.repeats import Repeats
 from sparse_flash_jax.permute import Permutation, restore_lse
 from sparse_flash_jax.plan import AttentionPlan
+from sparse_flash_jax.planning import plan_sides
+from sparse_flash_jax.rule import Rule
 from sparse_flash_jax.validation import positive_int
 
 Buckets = tuple[Int32[Array, "B T N"], Int32[Array, "B S K"]]
@@ -25,11 +28,11 @@ Buckets = tuple[Int32[Array, "B T N"], Int32[Array, "B S K"]]
 
 
 class Rounds(NamedTuple):
-    """What several rounds show; their plans differ in buckets alone."""
+    """What several rounds show; their plans differ in buckets alone, but that the last may be of near tokens."""
 
     plans: tuple[AttentionPlan, ...]
     buckets: tuple[Buckets, ...]
-    """A pair of a plan's runs is shown by each round in which its buckets are equal."""
+    """A pair of a plan's runs is shown by each round in which its buckets are equal; of near tokens there are none."""
 
     def mask(self) -> Bool[Array, "B N T S"]:
         """Returns which keys a query sees in any round, in original order; T x S, so for tests and pictures."""
@@ -71,6 +74,31 @@ def hash_rounds(
     keys = [key] if rounds == 1 else list(jax.random.split(key, rounds))
     options = {"centred": centred, "implementation": implementation}
     return tuple(hash_sides(q, k, num_buckets, each, **options) for each in keys)
+
+
+def near_plan(
+    lengths: tuple[int, int], near: int, *, exclude_self: bool, segment_ids: Int32[Array, "B T"] | None = None
+) -> AttentionPlan:
+    """Plans the last round: tokens that are seen as they are near, whatever their buckets.
+
+    Args:
+        lengths: T and S.
+        near: positions that a query looks back, its own included.
+        exclude_self: whether it does not see its own.
+        segment_ids: int32 [B T], documents; None for none.
+    """
+    documents = tuple(jnp.swapaxes(group, 1, 2) for group in document_groups(segment_ids))
+    return plan_sides(
+        documents,
+        None,
+        documents,
+        None,
+        lengths=lengths,
+        rule=Rule(exclude_self=exclude_self, window=near),
+        query_offset=0,
+        capacities=(None, None),
+        shared=bool(documents),
+    )
 
 
 def attend_in_rounds(

@@ -53,6 +53,17 @@ def at_least(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
+def check_near(near: int | None, window: int | None, causal: bool) -> None:
+    """Raises where near tokens, which are seen whatever their buckets, are not some of those that may be seen."""
+    if near is None:
+        return
+    positive_int("near", near)
+    if not causal:
+        raise ValueError("near tokens are earlier ones: leave out near, or causal=False.")
+    if window is not None and near > window:
+        raise ValueError(f"near must be at most the window {window}, got {near}.")
+
+
 def check_window(window: int | None, *, causal: bool, exclude_self: bool) -> None:
     """Raises where a window is not a positive int, exclude_self comes without causal, or one of both is no bool."""
     for name, value in (("causal", causal), ("exclude_self", exclude_self)):

@@ -103,7 +103,13 @@ def check_against_full(model, tokens, documents=None):
             {"num_key_heads": 2, "positions": "learned"},
         ),
         (
-            (Dense(window=5), Hash(4), Hash(4, centred=True), Hash(4, rotated=True)),
+            (
+                Dense(window=5),
+                Hash(4),
+                Hash(4, centred=True),
+                Hash(4, rotated=True),
+                Hash(4, exclude_self=True, near=3),
+            ),
             {"shared_qk": True, "shared_scale": 1.0},
         ),
         # Sinks that leave the window before, at and after the prompts' ends; more than a row has; no sinks.

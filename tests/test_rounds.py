@@ -12,7 +12,7 @@ import sparse_flash_jax as sfj
 from sparse_flash_jax.kernels.interval import permuted_attention
 from sparse_flash_jax.kernels.repeats import Repeats
 from sparse_flash_jax.permute import restore_lse
-from sparse_flash_jax.rounds import Rounds, attend_in_rounds, hash_rounds
+from sparse_flash_jax.rounds import Rounds, attend_in_rounds, hash_rounds, near_plan
 from tests.budget import assert_within_budget, judges, with_gradients
 from tests.cases import BASE, Case, Pattern, Shape
 from tests.gpus import assert_passes_lower, passes_of_a_round
@@ -27,8 +27,8 @@ BOTH_WAYS = Pattern("both_ways", causal=False)
 NAMED = lambda x: getattr(x, "name", str(x))
 
 
-def drawn(case, rounds, num_buckets=4):
-    """Rounds of random buckets, and the pairs that they show by definition."""
+def drawn(case, rounds, num_buckets=4, near=None):
+    """Rounds of random buckets, and of near tokens, and the pairs that they show by definition."""
     s, rng = case.shape, np.random.default_rng(rounds)
     rule = {name: x for name, x in case.pattern.rule.items() if name != "query_offset"}
     shown, plans, ids = np.zeros((s.B, s.N, s.T, s.keys), bool), [], []
@@ -38,6 +38,9 @@ def drawn(case, rounds, num_buckets=4):
         shown |= of_queries.swapaxes(1, 2)[..., None] == per_head.swapaxes(1, 2)[:, :, None]
         ids.append((jnp.asarray(of_queries), jnp.asarray(of_keys)))
         plans.append(sfj.hash_sparse(*ids[-1], **rule))
+    if near is not None:
+        plans.append(near_plan((s.T, s.keys), near, exclude_self=case.pattern.exclude_self))
+        shown |= (np.arange(s.T)[:, None] - np.arange(s.keys)[None])[None, None] < near
     return Rounds(tuple(plans), tuple(ids)), shown & allowed(case)
 
 
@@ -54,8 +57,8 @@ def attend(inputs, rounds, implementation=None, config=None):
     return with_gradients(lambda q, k, v: attend_in_rounds(q, k, v, rounds, **options), inputs)
 
 
-def judged(case, rounds, **options):
-    of_case, shown = drawn(case, rounds)
+def judged(case, rounds, near=None, **options):
+    of_case, shown = drawn(case, rounds, near=near)
     got = attend(case.inputs(), of_case, **options)
     assert_within_budget(got, *judges(case.inputs(), shown))
     return shown
@@ -71,14 +74,27 @@ def test_other_lengths_and_one_head_of_keys():
     judged(Case(Shape(B=1, T=40, S=57, N=4, K=1, H=8), CAUSAL), 3)
 
 
+@pytest.mark.parametrize(("pattern", "rounds", "near"), [(CAUSAL, 2, 9), (LONELY, 1, 5), (WINDOW, 1, 20)], ids=NAMED)
+def test_near_tokens_are_seen_once(pattern, rounds, near):
+    shown = judged(Case(BASE, pattern), rounds, near)
+    if pattern is CAUSAL:
+        assert 0 < (shown & ~drawn(Case(BASE, pattern), rounds)[1]).mean() < shown.mean()
+
+
+def test_near_tokens_of_other_lengths():
+    judged(Case(Shape(B=1, T=40, S=57, N=4, K=1, H=8), CAUSAL), 1, 7)
+
+
 @functools.partial(jax.jit, static_argnames=("implementation", "config"))
 def attend_last(inputs, rounds, implementation=None, config=None):
     """What the last round adds."""
+    plan = rounds.plans[-1]
 
     def by_slot(ids, order):
-        return jnp.take_along_axis(ids.swapaxes(1, 2), order, axis=2)
+        ids = ids.swapaxes(1, 2)
+        return ids if order is None else jnp.take_along_axis(ids, order, axis=2)
 
-    (*earlier, _), plan = rounds.buckets, rounds.plans[-1]
+    earlier = rounds.buckets[: len(rounds.plans) - 1]
     repeats = Repeats(
         tuple(by_slot(x, plan.query_order) for x, _ in earlier), tuple(by_slot(x, plan.key_order) for _, x in earlier)
     )
@@ -91,11 +107,12 @@ def attend_last(inputs, rounds, implementation=None, config=None):
     return with_gradients(attention, inputs)
 
 
+@pytest.mark.parametrize("near", [None, 30])
 @pytest.mark.parametrize(("implementation", "dtype"), [("triton", "float32"), ("mosaic", "float16")])
-def test_interpreted(implementation, dtype):
+def test_interpreted(implementation, dtype, near):
     case = Case(Shape(B=1, T=90, N=2, K=1, H=16), LONELY, dtype)
-    of_case, shown = drawn(case, 3, num_buckets=2)
-    before = np.asarray(Rounds(of_case.plans[:-1], of_case.buckets[:-1]).mask())
+    of_case, shown = drawn(case, 3 if near is None else 1, 2, near)
+    before = np.asarray(of_case._replace(plans=of_case.plans[:-1]).mask())
     got = attend_last(case.inputs(), of_case, implementation, INTERPRETED[implementation])
     assert_within_budget(got, *judges(case.inputs(), shown & ~before))
 
@@ -103,9 +120,11 @@ def test_interpreted(implementation, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("head_dim", [64, 128, 192])
-@pytest.mark.parametrize(("pattern", "rounds"), [(CAUSAL, 4), (LONELY, 2)], ids=NAMED)
-def test_compiled(pattern, rounds, head_dim, dtype):
-    judged(Case(Shape(B=2, T=300, N=4, K=2, H=head_dim), pattern, dtype), rounds)
+@pytest.mark.parametrize(
+    ("pattern", "rounds", "near"), [(CAUSAL, 4, None), (LONELY, 2, None), (CAUSAL, 1, 100)], ids=NAMED
+)
+def test_compiled(pattern, rounds, near, head_dim, dtype):
+    judged(Case(Shape(B=2, T=300, N=4, K=2, H=head_dim), pattern, dtype), rounds, near)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -134,9 +153,10 @@ def test_a_round_that_is_hidden_gives_exact_zeros():
         assert not np.asarray(getattr(got, name)).any(), name
 
 
-@pytest.mark.parametrize("options", [{}, {"exclude_self": True, "window": 20, "centred": True}])
+@pytest.mark.parametrize("options", [{}, {"exclude_self": True, "window": 20, "centred": True, "near": 6}])
 def test_in_one_call(options):
-    case = Case(BASE, dataclasses.replace(CAUSAL, **{name: x for name, x in options.items() if name != "centred"}))
+    rule = {name: x for name, x in options.items() if name in ("exclude_self", "window")}
+    case = Case(BASE, dataclasses.replace(CAUSAL, **rule))
     inputs, centred = case.inputs(), options.get("centred", False)
     buckets = hash_rounds(inputs.q, inputs.k, 8, KEY, 2, centred=centred)
     shown = np.zeros((), bool)
@@ -144,6 +164,7 @@ def test_in_one_call(options):
         of_keys = np.repeat(np.asarray(of_keys), BASE.N // BASE.key_heads, axis=2)
         shown = shown | (np.asarray(of_queries).swapaxes(1, 2)[..., None] == of_keys.swapaxes(1, 2)[:, :, None])
     assert not all(np.array_equal(x, y) for x, y in zip(*buckets, strict=True))
+    shown = shown | (np.arange(BASE.T)[:, None] - np.arange(BASE.keys)[None] < options.get("near", 0))
 
     @jax.jit
     def attended(inputs):
@@ -195,6 +216,22 @@ def test_errors(rounds, error):
     q, k, v = Case(BASE, CAUSAL).inputs()[:3]
     with pytest.raises(error, match="rounds must be"):
         sfj.hash_sparse_attention(q, k, v, 8, KEY, rounds=rounds)
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"near": 0}, ValueError, "near must be at least 1, got 0"),
+        ({"near": 2.0}, TypeError, "near must be a static Python int"),
+        ({"near": 9, "window": 8}, ValueError, "near must be at most the window 8, got 9"),
+        ({"near": 9, "causal": False}, ValueError, "near tokens are earlier ones"),
+    ],
+)
+def test_errors_of_near(options, error, message):
+    q, k, v = Case(BASE, CAUSAL).inputs()[:3]
+    with pytest.raises(error, match=message):
+        sfj.hash_sparse_attention(q, k, v, 8, KEY, **options)
 
 
 def test_one_kernel_for_all_gradients_takes_one_round():

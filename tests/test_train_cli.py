@@ -156,7 +156,9 @@ def test_presets_and_options():
             ["--model.rotated", "--model.positions", "learned"],
             "--model.rotated needs --model.positions rope, got learned",
         ),
-        (["--attention", "auto", "--model.rounds", "2"], "--model.rounds: nothing was measured of several"),
+        (["--attention", "auto", "--model.rounds", "2"], "--model.rounds, --model.near: nothing was measured"),
+        (["--attention", "auto", "--model.near", "9"], "--model.rounds, --model.near: nothing was measured"),
+        (["--model.near", "0"], "--model.near must be at least 1, got 0"),
         (["--evaluation.lengths", "512", "0"], "--evaluation.lengths must be at least 1, got 0"),
         (
             ["--evaluation.lengths", "512", "4096", "--model.positions", "learned"],

@@ -51,6 +51,7 @@ def _check_numbers(config: TrainConfig) -> None:
         "--model.key-heads": model.key_heads,
         "--model.mlp-ratio": model.mlp_ratio,
         "--model.window": model.window,
+        "--model.near": model.near,
         "--model.block-size": model.block_size,
         "--model.block-count": model.block_count,
         "--evaluation.lengths": min(config.evaluation.lengths, default=None),
@@ -144,8 +145,8 @@ def _check_attention(model: ModelConfig, documents_apart: bool) -> None:
         raise ConfigError(f"--model.rounds must be at least 1, got {model.rounds}")
     if "hash" in kinds and model.rotated and model.positions != "rope":
         raise ConfigError(f"--model.rotated needs --model.positions rope, got {model.positions}")
-    if "auto" in model.attention and model.auto_sparse == "hash" and model.rounds > 1:
-        raise ConfigError("--model.rounds: nothing was measured of several; leave it out, or --attention auto")
+    if "auto" in model.attention and model.auto_sparse == "hash" and (model.rounds > 1 or model.near is not None):
+        raise ConfigError("--model.rounds, --model.near: nothing was measured; leave them out, or --attention auto")
     if "hash" in kinds and model.centred and documents_apart:
         raise ConfigError(
             "--model.centred centres across documents; leave it out, or leave out --data.separate-documents and"

@@ -95,6 +95,9 @@ class ModelConfig:
     centred: Annotated[bool, alias(aliases=["--centred"])] = False
     """hash: hash vectors minus their running mean, which evens buckets out. Not with --data.separate-documents or
     --data.packing documents."""
+    near: int | None = None
+    """hash: tokens back, itself included, that a token sees whatever their buckets, at the cost of one more call of
+    attention, as with rounds; no auto, and no --mesh that divides sequences."""
     rotated: bool = False
     """hash: hash vectors as rotary positions have turned them, so that buckets go by place, too."""
     rounds: int = 1

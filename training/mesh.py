@@ -245,8 +245,8 @@ def _check_divided_sequences(config: TrainConfig, parts: int) -> None:
             )
     if "hash" in config.model.attention and config.model.centred:
         raise ConfigError(f"{where}: --centred takes means over whole ones; leave it out")
-    if "hash" in config.model.attention and config.model.rounds > 1:
-        raise ConfigError(f"{where}: --model.rounds takes whole ones; leave it out")
+    if "hash" in config.model.attention and (config.model.rounds > 1 or config.model.near is not None):
+        raise ConfigError(f"{where}: --model.rounds and --model.near take whole ones; leave them out")
     if "window" in config.model.attention and config.model.sinks:
         raise ConfigError(f"{where}: windows with sinks take whole ones; give --model.sinks 0")
     if "block_top_k" in config.model.attention:

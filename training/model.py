@@ -55,6 +55,7 @@ def _sparse_pattern(model: ModelConfig, kind: Literal["hash", "qk"]) -> Hash | Q
             centred=model.centred,
             rounds=model.rounds,
             rotated=model.rotated,
+            near=model.near,
         )
     return QK(model.rates or model.rate, scored=model.scored, score_gradient=model.score_gradient)
 

@@ -81,8 +81,8 @@ class Auto:
             raise TypeError(f"Auto weighs a Hash or QK against dense attention, got {self.sparse!r}.")
         if self.sparse.window is not None:
             raise ValueError(f"Auto has no measurements of windows, leave out the window of {self.sparse}.")
-        if isinstance(self.sparse, Hash) and self.sparse.rounds > 1:
-            raise ValueError(f"Auto has no measurements of several rounds, leave out the rounds of {self.sparse}.")
+        if isinstance(self.sparse, Hash) and (self.sparse.rounds > 1 or self.sparse.near is not None):
+            raise ValueError(f"Auto has no measurements of several rounds, leave out rounds and near of {self.sparse}.")
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"density must be in (0, 1], the visible share of causal pairs, got {self.density}.")
 

@@ -24,6 +24,7 @@ from sparse_flash_jax.flax.heads import attend_planned, place, planned_by
 from sparse_flash_jax.flax.pattern import QK, Hash, Window
 from sparse_flash_jax.hashing import buckets_of
 from sparse_flash_jax.plan import AttentionPlan
+from sparse_flash_jax.rounds import Rounds
 
 # Groups of dropped tokens: they equal no other.
 _DROPPED_QUERY, _DROPPED_KEY = -1, -2
@@ -135,8 +136,12 @@ def step(
         before_window = sink_positions(first, sinks) <= positions[:, None] - pattern.window
         visible = jnp.concatenate([visible & (held >= first[:, None]), before_window], axis=1)
     visible = visible[:, None, None]
-    for query_group, key_group in zip(query_groups, cache.groups, strict=True):
-        visible &= _by_key_head(query_group, cache.k.shape[1]) == key_group[:, :, None]
+    of_both = zip(query_groups, cache.groups, strict=True)
+    alike = [_by_key_head(of_q, cache.k.shape[1]) == of_k[:, :, None] for of_q, of_k in of_both]
+    if isinstance(pattern, Hash) and pattern.near is not None:  # buckets come last
+        alike[-1] |= (held > positions[:, None] - pattern.near)[:, None, None]
+    for group in alike:
+        visible &= group
     return _attend_one(q, cache.k, cache.v, visible, scale), cache
 
 
@@ -152,11 +157,14 @@ def _sides(pattern, q, k, cache: LayerCache, implementation: str | None) -> tupl
     return ()
 
 
-def _plan(pattern, q, sides: tuple[Array, ...], cache: LayerCache, segment_ids, implementation) -> AttentionPlan:
+def _plan(
+    pattern, q, sides: tuple[Array, ...], cache: LayerCache, segment_ids, implementation
+) -> AttentionPlan | Rounds:
     options = {"segment_ids": segment_ids, "implementation": implementation}
     match pattern:
         case Hash():
-            return pattern.plan_buckets(*sides, **options)
+            of_queries, of_keys = sides
+            return pattern.plan_rounds(((of_queries, of_keys),), **options)
         case QK():
             most = min(q.shape[1], pattern.kept(cache.keep[0].shape[1]))
             return pattern.plan_kept(*sides, capacities=(most, most), **options)

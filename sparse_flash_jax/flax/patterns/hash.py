@@ -10,8 +10,8 @@ from sparse_flash_jax.documents import document_groups
 from sparse_flash_jax.flax.patterns.scores import KeepScores
 from sparse_flash_jax.plan import AttentionPlan
 from sparse_flash_jax.planning import make_plan
-from sparse_flash_jax.rounds import Buckets, Rounds, hash_rounds
-from sparse_flash_jax.validation import at_least
+from sparse_flash_jax.rounds import Buckets, Rounds, hash_rounds, near_plan
+from sparse_flash_jax.validation import at_least, check_near
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Hash:
         window: tokens back that a query sees, itself included; None for all.
         centred: whether to hash vectors minus their running mean, which evens buckets out: see `lsh_buckets`.
         rounds: hashes, of which each shows what is in the same bucket, as in `hash_sparse_attention`.
+        near: tokens back, itself included, that a token sees whatever their buckets, as in `hash_sparse_attention`.
         rotated: whether a layer with rotary positions hashes vectors as these have turned them: buckets then go by
             place, too, and not by content alone. `plan` takes vectors as they are to be hashed.
     """
@@ -34,12 +35,14 @@ class Hash:
     centred: bool = False
     rounds: int = 1
     rotated: bool = False
+    near: int | None = None
 
     def __post_init__(self):
         at_least("num_buckets", self.num_buckets, 2)
         if self.num_buckets % 2:
             raise ValueError(f"num_buckets must be even and at least 2, got {self.num_buckets}.")
         at_least("rounds", self.rounds, 1)
+        check_near(self.near, self.window, causal=True)
 
     def plan(
         self,
@@ -65,9 +68,7 @@ class Hash:
             ValueError: if there is no key, or if documents are to be centred, whose means would go across them.
         """
         buckets = self.hash(q, k, key, documents=segment_ids is not None, implementation=implementation)
-        options = {"segment_ids": segment_ids, "implementation": implementation}
-        plans = tuple(self.plan_buckets(*of_round, **options) for of_round in buckets)
-        return plans[0] if self.rounds == 1 else Rounds(plans, buckets)
+        return self.plan_rounds(buckets, segment_ids=segment_ids, implementation=implementation)
 
     def tokens(
         self,
@@ -84,10 +85,10 @@ class Hash:
 
         Raises:
             ValueError: if there is no key, or buckets are centred: their means would go over all devices.
-            NotImplementedError: of several rounds.
+            NotImplementedError: of several rounds, or near tokens.
         """
-        if self.rounds > 1:
-            raise NotImplementedError(f"{self} takes whole sequences; leave out rounds for a divided one.")
+        if self.rounds > 1 or self.near is not None:
+            raise NotImplementedError(f"{self} takes whole sequences; leave out rounds and near for a divided one.")
         if self.centred:
             raise ValueError(f"{self} takes means over whole sequences; leave out centred for a divided one.")
         (buckets,) = self.hash(q, k, key, documents=segment_ids is not None, implementation=implementation)
@@ -115,6 +116,21 @@ class Hash:
         """Raises ValueError where documents are to be separate, and buckets centred."""
         if self.centred and separate:
             raise ValueError(f"{self} centres whole rows, across documents; leave out segment_ids, or centred.")
+
+    def plan_rounds(
+        self,
+        buckets: tuple[Buckets, ...],
+        *,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        implementation: str | None = None,
+    ) -> AttentionPlan | Rounds:
+        """Returns the plan for the buckets of each round, that of near tokens included."""
+        options = {"segment_ids": segment_ids, "implementation": implementation}
+        plans = tuple(self.plan_buckets(*of_round, **options) for of_round in buckets)
+        if self.near is not None:
+            lengths = buckets[0][0].shape[1], buckets[0][1].shape[1]
+            plans += (near_plan(lengths, self.near, exclude_self=self.exclude_self, segment_ids=segment_ids),)
+        return plans[0] if len(plans) == 1 else Rounds(plans, buckets)
 
     def plan_buckets(
         self,
