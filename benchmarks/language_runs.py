@@ -71,6 +71,8 @@ KINDS: dict[str, Kind] = {
     "hash16-fixed": Kind("16 buckets, fixed hashes", _hash(16, "--model.fixed-draws")),
     "hash16-rounds2": Kind("16 buckets, 2 rounds", _hash(16, "--model.rounds", "2")),
     "hash16-rounds4": Kind("16 buckets, 4 rounds", _hash(16, "--model.rounds", "4")),
+    "hash16-near": Kind("16 buckets and the last 128 tokens", _hash(16, "--model.near", "128")),
+    "hash16-near-own-keys": Kind("16 buckets and the last 128 tokens", _hash(16, "--model.near", "128"), shared=False),
     "qk30": Kind("30 % of q and k dropped", _qk(0.3)),
     "qk50": Kind("50 % of q and k dropped", _qk(0.5)),
     "qk70": Kind("70 % of q and k dropped", _qk(0.7)),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from sparse_flash_jax.permute import restore_lse
 from sparse_flash_jax.rounds import Rounds, attend_in_rounds, hash_rounds, near_plan
 from tests.budget import assert_within_budget, judges, with_gradients
 from tests.cases import BASE, Case, Pattern, Shape
-from tests.gpus import assert_passes_lower, passes_of_a_round
+from tests.gpus import H100, assert_passes_lower, lowered, on, passes_of_a_round, put_device
 from tests.jaxprs import largest_array
 from tests.test_logits import INTERPRETED
 
@@ -130,6 +131,24 @@ def test_compiled(pattern, rounds, near, head_dim, dtype):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_rounds_lower_for_cuda(head_dim):
     assert_passes_lower(passes_of_a_round, head_dim)
+
+
+def test_near_tokens_are_read_in_place(monkeypatch):
+    """The whole call lowers for an H100; what hashes is moved into slots, and nothing for what is near."""
+    put_device(monkeypatch)
+    x = jax.ShapeDtypeStruct((1, 512, 2, 64), "bfloat16")
+
+    def gradients(q, k, v, do, near):
+        attended = functools.partial(sfj.hash_sparse_attention, num_buckets=4, key=KEY, near=near)
+        return jax.vjp(attended, q, k, v)[1](do)
+
+    with on(H100):
+        one, both = (lowered(functools.partial(gradients, near=near), x, x, x, x) for near in (None, 64))
+    moves, kernels = (
+        [len(re.findall(name, text)) for text in (one, both)] for name in ('"to_slots', "interval_attention")
+    )
+    assert moves[0] == moves[1] > 0
+    assert kernels[1] == 2 * kernels[0] > 0
 
 
 def test_the_same_hash_in_all_rounds_is_one():
