@@ -1,6 +1,9 @@
 """Settings of every test: strict promotion, shapes checked by machine, eight virtual CPU devices."""
 
+import importlib
 import os
+import pathlib
+import sys
 
 # Before jax is imported: it reads its flags once. Devices to shard over on a CPU; and on a GPU no search for the
 # fastest way of each of the many products that the judges compile.
@@ -47,6 +50,15 @@ def pytest_collection_modifyitems(items):
     if gpu and jax.default_backend() != "gpu":
         for item in gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="module")
+def benchmark_module():
+    """Imports a module of benchmarks/, whose scripts find one another in their own folder."""
+    folder = str(pathlib.Path(__file__).parents[1] / "benchmarks")
+    sys.path.insert(0, folder)
+    yield importlib.import_module
+    sys.path.remove(folder)
 
 
 @pytest.fixture

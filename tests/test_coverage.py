@@ -1,25 +1,18 @@
 """What benchmarks/coverage.py counts, against masks and weights that numpy makes."""
 
 import importlib
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
 LENGTH, HEADS, BUCKETS, CHUNK, ROUNDS = 90, 2, 4, 8, 3
 
 
 @pytest.fixture(scope="module")
-def counts():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        return importlib.import_module("coverage_counts")
-    finally:
-        sys.path.pop(0)
+def counts(benchmark_module):
+    return benchmark_module("coverage_counts")
 
 
 def shown_by(bucket, chunk):

@@ -1,6 +1,5 @@
 """Language models side by side: what is run, what is kept of it, and when one reaches what another had."""
 
-import importlib
 import json
 import os
 import pathlib
@@ -20,12 +19,8 @@ TINY = [word for name, value in OPTIONS.items() for word in (f"--{name}", str(va
 
 
 @pytest.fixture(scope="module")
-def modules():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield {name: importlib.import_module(name) for name in NAMES}
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+def modules(benchmark_module):
+    return {name: benchmark_module(name) for name in NAMES}
 
 
 def test_settings_are_those_of_the_kind(modules):

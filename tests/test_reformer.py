@@ -1,9 +1,5 @@
 """Reformer's attention, the baseline of benchmarks/: against dense attention under a mask that numpy makes."""
 
-import importlib
-import pathlib
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,16 +7,10 @@ import pytest
 
 import sparse_flash_jax as sfj
 
-ROOT = pathlib.Path(__file__).parents[1]
-
 
 @pytest.fixture(scope="module")
-def reformer():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        return importlib.import_module("reformer")
-    finally:
-        sys.path.pop(0)
+def reformer(benchmark_module):
+    return benchmark_module("reformer")
 
 
 def shown_by_a_round(bucket, chunk):

@@ -1,6 +1,5 @@
 """The run-time sweeps: what they measure, resumed runs, and figures and tables of what is there."""
 
-import importlib
 import json
 import os
 import pathlib
@@ -21,12 +20,8 @@ NAMES = ("sweep_cases", "sweep_calls", "sweep_results", "sweep_tables", "plot_sw
 
 
 @pytest.fixture(scope="module")
-def sweeps():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield {name: importlib.import_module(name) for name in NAMES}
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+def sweeps(benchmark_module):
+    return {name: benchmark_module(name) for name in NAMES}
 
 
 def _case(sweeps, method, pattern, length=64, heads=1):

@@ -1,8 +1,6 @@
 """The tables of README.md and docs/ are those of the results, and break-even is where time shares cross."""
 
-import importlib
 import pathlib
-import sys
 
 import pytest
 
@@ -10,12 +8,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def tables():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        return importlib.import_module("tables")
-    finally:
-        sys.path.pop(0)
+def tables(benchmark_module):
+    return benchmark_module("tables")
 
 
 def test_pages_have_the_measured_tables(tables):

@@ -1,7 +1,5 @@
 """Training with Reformer's attention: the loop and files of train.py, and the same model where chunks part nothing."""
 
-import importlib
-import pathlib
 import sys
 
 import jax
@@ -16,7 +14,6 @@ from training.errors import CheckpointError, ConfigError
 from training.metrics import read_metrics
 from training.trained import load_trained
 
-ROOT = pathlib.Path(__file__).parents[1]
 TINY = (
     *("--model.layers", "1", "--model.width", "16", "--model.heads", "2", "--buckets", "4", "--attention", "hash"),
     *("--model.shared-qk", "--length", "64", "--steps", "2", "--log-every", "1"),
@@ -25,12 +22,8 @@ TINY = (
 
 
 @pytest.fixture(scope="module")
-def train_reformer():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        return importlib.import_module("train_reformer")
-    finally:
-        sys.path.pop(0)
+def train_reformer(benchmark_module):
+    return benchmark_module("train_reformer")
 
 
 def test_a_run_is_one_of_train_py(train_reformer, tmp_path, monkeypatch, capsys):
