@@ -59,7 +59,8 @@ def test_dense_attention_with_the_same_gates(gradient):
 
 def test_straight_through_computes_what_plain_dropping_does():
     kept = [sfj.top_keep(side, counts) for side, counts in zip(SCORES, (COUNTS, KEY_COUNTS), strict=True)]
-    plain = sfj.qk_sparse_attention(Q, KEY_ROWS, V, *kept)
+    capacities = {"query_capacity": max(COUNTS), "key_capacity": max(COUNTS)}
+    plain = sfj.qk_sparse_attention(Q, KEY_ROWS, V, *kept, **capacities)
     through = attended(QK(RATES, scored=True, score_gradient="straight_through"), Q, KEY_ROWS, V, SCORES)
     np.testing.assert_array_equal(through, plain)
     np.testing.assert_array_equal(through[~np.asarray(kept[0])], 0.0)
