@@ -54,7 +54,8 @@ def _choices(curves: list[Curve]) -> str:
 def _sooner(pairs: list[tuple[Curve, Curve]]) -> str:
     """Dense against the sparse model of the headline."""
     columns = [f"{name}, {what}" for what in ("bits per byte", "tokens/s") for name in ("dense", "other")]
-    rows = [["T", "seed", *columns, "loss of dense, late", "reached by dense", "by other", "sooner"]]
+    late = f"dense after {max(pairs[0][0].held_out)} steps, nats a byte"
+    rows = [["T", "seed", *columns, late, "reached by dense", "by other", "sooner"]]
     for dense, sparse in pairs:
         both = dense, sparse
         met = sooner(dense, sparse)

@@ -148,7 +148,7 @@ def _draw_points(ax: Any, points: list[tuple[int, float]], colour: Any, *, above
 def _speedup_entries(environment: dict[str, Any], measured: dict[str, Any]) -> list[Any]:
     return [
         entry(f"ours over cuDNN,\n{device(environment)}", marker="o", linewidth=2.2),
-        entry("ceiling: dense time for the\nvisible pairs alone", linestyle=(0, (5, 4)), linewidth=1.2),
+        entry("cuDNN's time for the\nvisible pairs alone", linestyle=(0, (5, 4)), linewidth=1.2),
         entry(
             f"paper over the FlashAttention of 2023,\n{measured['device']}, read off its figures",
             marker="s",
