@@ -121,9 +121,9 @@ def train(
     """Trains, from the settings to the sample; another structure is another model with the same parameters."""
     check_same("settings", shared_settings(config))
     layout = make_layout(config)
-    folder = choose_folder_together(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     corpus = load_corpus(config.data, tokenizer, config.batch.length)
+    folder = choose_folder_together(config)  # after what may fail, which then leaves none
 
     check_same("text", corpus.fingerprint)
     model_config = transformer_config(config, tokenizer.vocab_size)

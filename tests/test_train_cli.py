@@ -198,6 +198,7 @@ def test_errors_are_one_line(text, tmp_path, capsys, options, message):
     shown = capsys.readouterr().err
     assert message in shown
     assert shown.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_leaves_its_files(finished):
