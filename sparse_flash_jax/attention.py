@@ -12,7 +12,7 @@ from sparse_flash_jax.kernels.interval import permuted_attention
 from sparse_flash_jax.patterns import hash_sparse, qk_sparse
 from sparse_flash_jax.permute import restore_lse
 from sparse_flash_jax.plan import AttentionPlan
-from sparse_flash_jax.rounds import Rounds, attend_in_rounds, hash_rounds, near_plan
+from sparse_flash_jax.rounds import Rounds, attend_in_rounds, hash_rounds, in_rounds
 from sparse_flash_jax.validation import check_attention_inputs, check_logits, check_near, check_scale
 
 
@@ -205,13 +205,12 @@ def hash_sparse_attention(
     buckets = hash_rounds(q, k, num_buckets, key, rounds, centred=centred, implementation=implementation)
     rule = {"causal": causal, "exclude_self": exclude_self, "window": window}
     plans = tuple(hash_sparse(*x, **rule, num_buckets=num_buckets, implementation=implementation) for x in buckets)
-    if near is not None:
-        plans += (near_plan((q.shape[1], k.shape[1]), near, exclude_self=exclude_self),)
-    if len(plans) == 1:
+    plan = in_rounds(plans, buckets, near, exclude_self=exclude_self)
+    if not isinstance(plan, Rounds):
         return sparse_attention(
-            q, k, v, plans[0], scale=scale, implementation=implementation, return_residual=return_residual
+            q, k, v, plan, scale=scale, implementation=implementation, return_residual=return_residual
         )
-    out, lse = attend_in_rounds(q, k, v, Rounds(plans, buckets), scale=scale, implementation=implementation)
+    out, lse = attend_in_rounds(q, k, v, plan, scale=scale, implementation=implementation)
     return (out, lse) if return_residual else out
 
 

@@ -49,7 +49,7 @@ def random_keep(
         if not 0 <= one <= 1:
             raise ValueError(f"rate must be in [0, 1], the share of tokens to drop, got {one}.")
     batch, length, heads = shape
-    _check_heads("rate", rate, heads)
+    check_by_head("rate", rate, heads)
     parts = 1 if axis_name is None else lax.axis_size(axis_name)
     scores = jax.random.uniform(key, (parts * batch, length, heads), jnp.float32)
     if axis_name is not None:
@@ -83,7 +83,7 @@ def top_keep(scores: Float[Array, "B T N"], count: int | tuple[int, ...]) -> Boo
         at_least("count", one, 0)
         if one > scores.shape[1]:
             raise ValueError(f"count must be at most the length T={scores.shape[1]}, got {one}.")
-    _check_heads("count", count, scores.shape[2])
+    check_by_head("count", count, scores.shape[2])
     by_head = jnp.swapaxes(lax.stop_gradient(scores), 1, 2)
     return jnp.swapaxes(best(by_head, count), 1, 2)
 
@@ -161,6 +161,7 @@ def _each[Number](by_head: Number | tuple[Number, ...]) -> tuple[Number, ...]:
     return by_head if isinstance(by_head, tuple) else (by_head,)
 
 
-def _check_heads(name: str, by_head: Any, heads: int) -> None:
+def check_by_head(name: str, by_head: Any, heads: int) -> None:
+    """Raises ValueError where there is a tuple, and not of one number for each head."""
     if isinstance(by_head, tuple) and len(by_head) != heads:
         raise ValueError(f"{name} must be one number, or one for each of {heads} heads, got {len(by_head)}.")

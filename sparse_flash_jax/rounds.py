@@ -101,6 +101,22 @@ def near_plan(
     )
 
 
+def in_rounds(
+    plans: tuple[AttentionPlan, ...],
+    buckets: tuple[Buckets, ...],
+    near: int | None,
+    *,
+    exclude_self: bool,
+    segment_ids: Int32[Array, "B T"] | None = None,
+) -> AttentionPlan | Rounds:
+    """Returns the plans of buckets, and of near tokens where those are seen, as rounds; a plan alone as it is."""
+    if near is not None:
+        of_queries, of_keys = buckets[0]
+        lengths = of_queries.shape[1], of_keys.shape[1]
+        plans += (near_plan(lengths, near, exclude_self=exclude_self, segment_ids=segment_ids),)
+    return plans[0] if len(plans) == 1 else Rounds(plans, buckets)
+
+
 def attend_in_rounds(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],

@@ -10,7 +10,7 @@ from sparse_flash_jax.documents import document_groups
 from sparse_flash_jax.flax.patterns.scores import KeepScores
 from sparse_flash_jax.plan import AttentionPlan
 from sparse_flash_jax.planning import make_plan
-from sparse_flash_jax.rounds import Buckets, Rounds, hash_rounds, near_plan
+from sparse_flash_jax.rounds import Buckets, Rounds, hash_rounds, in_rounds
 from sparse_flash_jax.validation import at_least, check_near
 
 
@@ -127,10 +127,7 @@ class Hash:
         """Returns the plan for the buckets of each round, that of near tokens included."""
         options = {"segment_ids": segment_ids, "implementation": implementation}
         plans = tuple(self.plan_buckets(*of_round, **options) for of_round in buckets)
-        if self.near is not None:
-            lengths = buckets[0][0].shape[1], buckets[0][1].shape[1]
-            plans += (near_plan(lengths, self.near, exclude_self=self.exclude_self, segment_ids=segment_ids),)
-        return plans[0] if len(plans) == 1 else Rounds(plans, buckets)
+        return in_rounds(plans, buckets, self.near, exclude_self=self.exclude_self, segment_ids=segment_ids)
 
     def plan_buckets(
         self,

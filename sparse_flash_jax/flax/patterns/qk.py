@@ -13,7 +13,7 @@ from sparse_flash_jax.context.layout import from_zigzag, to_zigzag
 from sparse_flash_jax.context.tokens import Tokens
 from sparse_flash_jax.documents import document_groups
 from sparse_flash_jax.flax.patterns.scores import KeepScores
-from sparse_flash_jax.keep import ScoreGradient, check_score_gradient, keep_count, random_keep, top_keep
+from sparse_flash_jax.keep import ScoreGradient, check_by_head, check_score_gradient, keep_count, random_keep, top_keep
 from sparse_flash_jax.plan import AttentionPlan
 from sparse_flash_jax.planning import make_plan
 
@@ -155,8 +155,7 @@ class QK:
         """
         if not isinstance(self.rate, tuple):
             return (self.rate,) * query_heads, (self.rate,) * key_heads
-        if len(self.rate) != query_heads:
-            raise ValueError(f"rate must be one number, or one for each of {query_heads} heads, got {len(self.rate)}.")
+        check_by_head("rate", self.rate, query_heads)
         if query_heads % key_heads:
             raise ValueError(f"key heads must divide query heads, got {query_heads} query and {key_heads} key heads.")
         group = query_heads // key_heads
