@@ -17,9 +17,10 @@ import tyro
 from jaxtyping import UInt8
 
 from models.sampler import Sampler
+from training.batches import evenly
 from training.errors import CheckpointError, ConfigError, DataError, OutputError, writing
 from training.mnist import read_mnist
-from training.pictures import draw_images, evenly, sheet
+from training.pictures import draw_images, sheet
 from training.png import write_png
 from training.run_folder import saved_run
 from training.step import evaluation_key

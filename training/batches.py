@@ -122,6 +122,11 @@ class EvaluationBatch(NamedTuple):
     num_bytes: int
 
 
+def evenly(count: int, available: int) -> np.ndarray:
+    """Numbers of so many rows, or of all if there are fewer, spread evenly over those that there are."""
+    return np.linspace(0, available - 1, min(count, available)).round().astype(int)
+
+
 def evaluation_batches(
     stream: Stream, size: int, length: int, windows: int, packing: Packing = "stream"
 ) -> Iterator[EvaluationBatch]:
@@ -137,7 +142,7 @@ def evaluation_batches(
     packed = _packed(stream.tokens, length, packing)
     available = -(-(len(stream.tokens) - 1) // length) if packed is None else len(packed)
     count = min(windows, available) if windows else available
-    chosen = np.linspace(0, available - 1, count).round().astype(int) if count > 1 else np.zeros(1, int)
+    chosen = evenly(count, available)
     for first in range(0, len(chosen), size):
         tokens = np.zeros((size, length + 1), np.int32)
         weights = np.zeros((size, length), np.float32)

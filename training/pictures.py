@@ -14,6 +14,7 @@ from jaxtyping import PRNGKeyArray, UInt8
 from models.decoding import generate
 from models.sampler import Sampler
 from models.transformer import Transformer
+from training.batches import evenly
 from training.config import TrainConfig
 from training.data import Corpus
 from training.single_rows import SingleRows
@@ -60,11 +61,6 @@ def draw_images(
     drawn = np.where(tokens < _LEVELS, tokens, 0).astype(np.uint8)
     pixels = np.concatenate([begun, drawn, np.zeros((batch, left - wanted), np.uint8)], axis=1)
     return pixels.reshape(batch, *shape)
-
-
-def evenly(count: int, available: int) -> np.ndarray:
-    """Numbers of so many images, or of all if there are fewer, spread evenly over those that there are."""
-    return np.linspace(0, available - 1, min(count, available)).round().astype(int)
 
 
 def complete_held_out(
