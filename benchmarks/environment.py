@@ -36,6 +36,11 @@ def environment() -> dict[str, Any]:
     }
 
 
+def on_one(environment: dict[str, Any]) -> dict[str, Any]:
+    """Returns the environment of what ran on one of the devices that were there."""
+    return environment | {"device": f"1 x {environment['device'].split(' x ', 1)[1]}"}
+
+
 def device(environment: dict[str, Any]) -> str:
     """Returns the kind of device, and how many there were if several."""
     return environment["device"].removeprefix("1 x ")

@@ -1,13 +1,23 @@
 """What all figures have in common: ink, panels, axes of lengths, gaps in lines, legends that say what ran where."""
 
+import argparse
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from environment import described
+from environment import ROOT, described
 
 INK, GREY, GRID = "#222222", "#8A8A8A", "#E4E4E4"
+
+
+def draw_from(data: Path, draw: Callable[[Path, Path], list[Path]]) -> None:
+    """The command of a module that draws results into a folder: which results, and which folder."""
+    parser = argparse.ArgumentParser(description="Draws figures of results.")
+    parser.add_argument("--data", type=Path, default=data, help=f"results; default {data.relative_to(ROOT)}")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder; default docs/")
+    args = parser.parse_args()
+    print(f"written to {', '.join(map(str, draw(args.data, args.out)))}")
 
 
 def figure_of(width: float, height: float) -> Any:

@@ -28,7 +28,7 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # this process leaves the GPUs to the runs
 
 import jax
-from environment import ROOT, environment
+from environment import ROOT, environment, on_one
 from language_results import RESULTS
 from language_runs import GROUPS, Run, chosen
 
@@ -50,7 +50,7 @@ def main() -> int:
     for run in runs:
         waiting.put(run)
     end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
-    one_at_a_time, on = threading.Lock(), _on_one(environment())
+    one_at_a_time, on = threading.Lock(), on_one(environment())
     failed: list[Run] = []
 
     def work(gpu: str) -> None:
@@ -103,11 +103,6 @@ def _gpus() -> list[str]:
         return [""]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",") if visible else [str(device.id) for device in jax.devices()]
-
-
-def _on_one(on: dict[str, Any]) -> dict[str, Any]:
-    """An environment as a run has it: one device of those that are there."""
-    return on | {"device": f"1 x {on['device'].split(' x ', 1)[1]}"}
 
 
 def _train(run: Run, args: argparse.Namespace, on: dict[str, Any], gpu: str, minutes: float | None) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from environment import on_one
 from language_runs import Run
 
 from training.metrics import read_metrics
@@ -61,7 +62,7 @@ def _curve(records: list[dict[str, Any]]) -> Curve | None:
     train = by_kind["train"]
     return Curve(
         Run(**{name: first[name] for name in Run._fields}),
-        first["environment"] | {"device": f"1 x {first['environment']['device'].split(' x ', 1)[-1]}"},  # of all there
+        on_one(first["environment"]),
         *(np.array([record[name] for record in train]) for name in ("step", "loss")),
         seconds=_added_up([record["training_seconds"] for record in train]),
         visible=np.array([record["visible"] for record in train]),

@@ -1,11 +1,11 @@
 """Draws speed-up over dense attention by length, beside what can be had and what the paper measured.
 
-python benchmarks/plot.py            docs/speedup.png, docs/sweeps-*.png, and the tables of README.md and docs/
+python benchmarks/plot.py            docs/speedup.png, sweeps-*.png, language-*.png, and tables of README.md and docs/
 python benchmarks/plot.py --table    prints the tables and writes nothing
 
 All of ours comes from results/density-gpu.json and results/attention-gpu-end-to-end.json: forward + backward, whole
 calls, over cuDNN's dense causal attention in the same run. The ceiling is dense attention's time for the visible pairs
-alone: a speed-up of 1 / density. `plot_sweeps.py` draws docs/sweeps-*.png, once results/sweeps-gpu.json is there.
+alone: a speed-up of 1 / density. `plot_sweeps.py` and `plot_language.py` draw the others, of results that are there.
 """
 
 import argparse

@@ -62,7 +62,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         by_length(ax, sorted({record["length"] for record in measured}))
         ax.set_xlabel("tokens of a sequence", color=INK)
         finish(ax)
-    legend(figure, _entries(), ncols=3)
+    legend(figure, _entries(), on, ncols=3)
     finish_figure(figure, "Exact buckets and Reformer's chunks, by length", path)
 
 

@@ -3,28 +3,17 @@
 `plot.py` calls this where there are results; by itself: python benchmarks/plot_language.py
 """
 
-import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from environment import ROOT
-from figures import INK, figure_of, finish, finish_figure, legend
+from figures import INK, draw_from, figure_of, finish, finish_figure, legend
 from language_results import RESULTS, Curve, load_curves, sooner
 from language_runs import GROUPS
 from language_tables import headline_pairs
 
 SPARSE, DENSE = "#0072B2", INK
 HEADLINE, CHOICES, PROGRESS = "language-models.png", "language-choices.png", "language-progress.png"
-
-
-def main() -> None:
-    """Draws all figures."""
-    parser = argparse.ArgumentParser(description="Draws the figures of language_models.py.")
-    parser.add_argument("--data", type=Path, default=RESULTS, help="default benchmarks/results/language-models")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder; default docs/")
-    args = parser.parse_args()
-    print(f"written to {', '.join(map(str, draw_language(args.data, args.out)))}")
 
 
 def draw_language(data: Path, folder: Path) -> list[Path]:
@@ -156,4 +145,4 @@ def _shades(count: int) -> list[Any]:
 
 
 if __name__ == "__main__":
-    main()
+    draw_from(RESULTS, draw_language)

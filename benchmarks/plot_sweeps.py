@@ -3,13 +3,12 @@
 `plot.py` calls this where there are results; by itself: python benchmarks/plot_sweeps.py --data FILE --out FOLDER
 """
 
-import argparse
 import math
 from pathlib import Path
 from typing import Any
 
-from environment import ROOT, device
-from figures import GREY, INK, by_length, entry, figure_of, finish, finish_figure, legend, with_gaps
+from environment import device
+from figures import GREY, INK, by_length, draw_from, entry, figure_of, finish, finish_figure, legend, with_gaps
 from pattern_names import brief, parted
 from sweep_cases import BATCH, HASHED, HEAD_DIM, HEADS, PARTS, QK
 from sweep_results import SWEEPS, Rows, density, load_rows, paper
@@ -25,15 +24,6 @@ FIGURES = {
 
 Lines = dict[tuple[str, str], dict[int, float]]
 """Milliseconds by length, of each method and pattern."""
-
-
-def main() -> None:
-    """Draws all figures."""
-    parser = argparse.ArgumentParser(description="Draws the figures of sweeps.py.")
-    parser.add_argument("--data", type=Path, default=SWEEPS, help="default benchmarks/results/sweeps-gpu.json")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder; default docs/")
-    args = parser.parse_args()
-    print(f"written to {', '.join(map(str, draw_sweeps(args.data, args.out)))}")
 
 
 def draw_sweeps(data: Path, folder: Path) -> list[Path]:
@@ -173,4 +163,4 @@ def _colours(patterns: tuple[str, ...]) -> list[Any]:
 
 
 if __name__ == "__main__":
-    main()
+    draw_from(SWEEPS, draw_sweeps)

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
-import sparse_flash_jax as sfj
 from sparse_flash_jax.permute import Permutation, gather, restore, restore_lse
+from sparse_flash_jax.rounds import hash_rounds as rounds_of_hashes
 
 SELF_PENALTY = 1e5  # of appendix A
 HIDDEN = -1e30  # finite, and far below any score with the penalty
@@ -68,8 +68,7 @@ def hash_rounds(
     q: Float[Array, "B T N H"], num_buckets: int, key: PRNGKeyArray, rounds: int, *, centred: bool = False
 ) -> Buckets:
     """Returns the angular buckets of each round, those of `hash_sparse_attention` for the same key."""
-    keys = [key] if rounds == 1 else list(jax.random.split(key, rounds))
-    return [sfj.lsh_buckets(q, num_buckets, each, centred=centred) for each in keys]
+    return [of_queries for of_queries, _ in rounds_of_hashes(q, q, num_buckets, key, rounds, centred=centred)]
 
 
 def sort_rounds(buckets: Buckets, chunk: int) -> tuple[list[Permutation], Place]:
