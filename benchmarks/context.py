@@ -4,6 +4,8 @@ python benchmarks/context.py                       the platform's lengths over a
 python benchmarks/context.py --check               each result beside that of one device, which is timed, too
 python benchmarks/context.py --count               times nothing: pairs and tiles of each device, by its plans
 python benchmarks/context.py --devices 8 --quick   one tiny length, to see that it runs (8 virtual devices on a CPU)
+
+Several of these at once, each with some of the lengths or --buckets, compile side by side and time by turns.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from environment import environment, written
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from passes import memory_bytes
 from selection import QUICK_LENGTH
-from timing import measure
+from timing import alone, measure
 
 import sparse_flash_jax as sfj
 
@@ -106,21 +108,21 @@ def _measure_case(case: Case, mesh: Mesh, args: argparse.Namespace, records: lis
         operands = _drawn(case, mesh, zigzag)
         context = sfj.Context("sequence", exchange, zigzag=zigzag, mesh=mesh)
         compiled = _divided_step(case, context, args.implementation).lower(*operands).compile()
-        record = {
+        record: dict[str, Any] = {
             **case._asdict(),
             "pattern": case.pattern,
             "exchange": exchange,
             "layout": layout,
-            "seconds": {"forward_backward": measure(compiled, *operands, samples=samples)._asdict()},
             "memory_bytes": memory_bytes(compiled),
-            "peak_bytes_in_use": _peak(mesh),
         }
-        if isinstance(one_device, str):
-            record["one_device"] = one_device
-        elif one_device is not None:
-            seconds, expected = one_device
-            record["seconds"]["one_device"] = seconds
-            record["error"] = _errors(compiled(*operands), expected, mesh.size, zigzag)
+        with alone():
+            record["seconds"] = {"forward_backward": measure(compiled, *operands, samples=samples)._asdict()}
+            if isinstance(one_device, str):
+                record["one_device"] = one_device
+            elif one_device is not None:
+                record["seconds"]["one_device"], expected = one_device
+                record["error"] = _errors(compiled(*operands), expected, mesh.size, zigzag)
+        record["peak_bytes_in_use"] = _peak(mesh)
         records.append(record)
         print(_row(record), flush=True)
 
@@ -129,9 +131,10 @@ def _one_device(case: Case, implementation: str | None, samples: int) -> tuple[d
     """Seconds and results of one device, or why there are none."""
     mesh = jax.make_mesh((1,), ("sequence",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
     operands = _drawn(case, mesh, zigzag=False)
-    step = _whole_step(case, implementation)
     try:
-        return measure(step, *operands, samples=samples)._asdict(), jax.device_get(step(*operands))
+        step = _whole_step(case, implementation).lower(*operands).compile()
+        with alone():
+            return measure(step, *operands, samples=samples)._asdict(), jax.device_get(step(*operands))
     except jax.errors.JaxRuntimeError as error:  # it does not fit
         return f"not run: {str(error).splitlines()[0][:120]}"
 

@@ -174,6 +174,6 @@ GROUPS: dict[str, tuple[Run, ...]] = {
 
 
 def chosen(groups: list[str], patterns: list[str]) -> list[Run]:
-    """The runs of the groups whose names match a pattern, each once, in order."""
-    runs = dict.fromkeys(run for group in groups for run in GROUPS[group])
-    return [run for run in runs if any(fnmatch.fnmatchcase(str(run), pattern) for pattern in patterns)]
+    """The runs of the groups whose names match a pattern, each once; those of the first pattern come first."""
+    runs = [run for group in groups for run in GROUPS[group]]
+    return list(dict.fromkeys(run for pattern in patterns for run in runs if fnmatch.fnmatchcase(str(run), pattern)))

@@ -5,13 +5,18 @@ python benchmarks/scaling.py --meshes data=2 data=4 fsdp=4    these
 python benchmarks/scaling.py --quick                          a tiny model, to see that it runs
 
 The step is that of `train_step.py`, with `--tokens` tokens for each device of the mesh. Efficiency is tokens a second
-over those of one device in the same run, times their number: 1 at best.
+over those of one device in the same run, times their number: 1 at best. Each mesh is compiled by a process of its own,
+`--processes` side by side, and timed while the others wait.
 """
 
 import argparse
 import dataclasses
+import functools
 import math
+import multiprocessing
+import os
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,9 +25,11 @@ import numpy as np
 from environment import environment, written
 from passes import memory_bytes
 from selection import QUICK_LENGTH
+from timing import alone
 from train_step import time_steps
 from variants import HASHED, Variant, settings, vocabulary
 
+from training.errors import ConfigError
 from training.mesh import AXES, make_layout
 from training.model import transformer_config
 from training.optimizer import make_optimizer
@@ -35,46 +42,50 @@ LENGTH, TOKENS, BUCKETS = 16_384, 32_768, 16
 def main() -> None:
     """Measures, prints a table, writes JSON."""
     args = _arguments()
-    length, tokens = (QUICK_LENGTH, 2 * QUICK_LENGTH) if args.quick else (args.length, args.tokens)
-    samples = 1 if args.quick else args.samples
-    variant = Variant(args.attention, BUCKETS if args.attention in HASHED else None)
-    result: dict[str, Any] = {"environment": environment(), "steps": []}
-    path = args.out or (None if args.quick else RESULTS / f"scaling-{jax.default_backend()}.json")
-    with written(result, path) as keep:
-        print(f"{variant}, {length} tokens a sequence, {tokens} a device")
-        print(f"{'mesh':<28}{'parallel':>9}{'ms':>9}{'tokens/s':>11}{'efficiency':>12}{'GiB':>7}")
-        alone = None
-        for mesh, parallel in [("data=1", "jit"), *_meshes(args)]:
-            record = {"mesh": mesh, "parallel": parallel, "length": length, "attention": str(variant)}
-            try:
-                record |= _measured(variant, mesh, parallel, length, tokens, samples, quick=args.quick)
-                alone = record["tokens_per_second"] if not result["steps"] else alone
-                record["efficiency"] = alone and record["tokens_per_second"] / alone / record["devices"]
-            except jax.errors.JaxRuntimeError as error:  # out of memory
-                if "SystemExit" in str(error):  # stopped while XLA, compiling, called Python
-                    raise
-                record["failed"] = str(error).splitlines()[0][:200]
-            result["steps"].append(record)
-            print(_row(record), flush=True)
-            keep()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share the GPUs
+    spawn = multiprocessing.get_context("spawn")  # a fork would share a parent's threads
+    with ProcessPoolExecutor(args.processes, spawn, max_tasks_per_child=1) as pool:
+        described, devices = pool.submit(environment).result(), pool.submit(jax.device_count).result()
+        path = args.out or (None if args.quick else RESULTS / f"scaling-{described['platform']}.json")
+        result: dict[str, Any] = {"environment": described, "steps": []}
+        with written(result, path) as keep:
+            print(f"{_variant(args)}, {args.length} tokens a sequence, {args.tokens} a device")
+            print(f"{'mesh':<28}{'parallel':>9}{'ms':>9}{'tokens/s':>11}{'efficiency':>12}{'GiB':>7}")
+            one = None
+            for record in pool.map(functools.partial(_record, args), [("data=1", "jit"), *_meshes(args, devices)]):
+                one = record if one is None else one
+                if "failed" not in record:
+                    first = one.get("tokens_per_second")
+                    record["efficiency"] = first and record["tokens_per_second"] / first / record["devices"]
+                result["steps"].append(record)
+                print(_row(record), flush=True)
+                keep()
 
 
 def _arguments() -> argparse.Namespace:
+    default = max(1, (os.cpu_count() or 1) // 4)
     parser = argparse.ArgumentParser(description="Times training steps over meshes of devices.")
     parser.add_argument("--meshes", nargs="+", help=f"meshes of {', '.join(AXES)}; default all of one or two axes")
     parser.add_argument("--attention", choices=("dense", "hash", "centred"), default="centred", help="kind")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a sequence")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of a step for each device")
     parser.add_argument("--samples", type=int, default=5, help="samples of which the median is taken")
+    parser.add_argument("--processes", type=int, default=default, help="that compile side by side; default %(default)s")
     parser.add_argument("--quick", action="store_true", help="a tiny model and length, one sample")
     parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/scaling-PLATFORM.json")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.quick:
+        args.length, args.tokens, args.samples = QUICK_LENGTH, 2 * QUICK_LENGTH, 1
+    return args
 
 
-def _meshes(args: argparse.Namespace) -> list[tuple[str, str]]:
+def _variant(args: argparse.Namespace) -> Variant:
+    return Variant(args.attention, BUCKETS if args.attention in HASHED else None)
+
+
+def _meshes(args: argparse.Namespace, devices: int) -> list[tuple[str, str]]:
     if args.meshes:
         return [(mesh, "jit") for mesh in args.meshes]
-    devices = jax.device_count()
     # Means of centred hashing go over whole sequences.
     axes = [axis for axis in AXES if axis != "context" or args.attention != "centred"]
     whole = [(f"{axis}={devices}", "jit") for axis in axes]
@@ -82,29 +93,40 @@ def _meshes(args: argparse.Namespace) -> list[tuple[str, str]]:
     return [*whole, *halves, (f"data={devices}", "pmap")] if devices > 1 else []
 
 
-def _measured(
-    variant: Variant, mesh: str, parallel: str, length: int, tokens: int, samples: int, *, quick: bool
-) -> dict[str, Any]:
-    devices = int(np.prod([int(part.split("=")[1]) for part in mesh.split(",")]))
-    config = settings(variant, length, tokens * devices, quick=quick)
+def _record(args: argparse.Namespace, divided: tuple[str, str]) -> dict[str, Any]:
+    """Measures a mesh. One that cannot run says why, and the next has its turn."""
+    mesh, parallel = divided
+    record = {"mesh": mesh, "parallel": parallel, "length": args.length, "attention": str(_variant(args))}
+    try:
+        return record | _measured(args, mesh, parallel)
+    except (jax.errors.JaxRuntimeError, ConfigError) as error:  # out of memory, or what cannot be divided
+        if "SystemExit" in str(error):  # stopped while XLA, compiling, called Python
+            raise
+        return record | {"failed": str(error).splitlines()[0][:200]}
+
+
+def _measured(args: argparse.Namespace, mesh: str, parallel: str) -> dict[str, Any]:
+    devices = math.prod(int(part.split("=")[1]) for part in mesh.split(","))
+    config = settings(_variant(args), args.length, args.tokens * devices, quick=args.quick)
     config = dataclasses.replace(config, mesh=mesh, parallel=parallel)
     layout = make_layout(config)
-    model = transformer_config(config, vocabulary(quick=quick))
+    model = transformer_config(config, vocabulary(quick=args.quick))
     optimizer = make_optimizer(config.optimizer, config.steps)
     _, state = init_state(model, optimizer, config.seed, layout)
     structure = structure_of(layout.training_model(model))
-    shape = (1, config.batch.size, length + 1)
+    shape = (1, config.batch.size, args.length + 1)
     batch = layout.place(np.random.default_rng(0).integers(0, model.vocab_size, shape, np.int32))
     train_step = cast(jax.stages.Wrapped, make_train_step(structure, optimizer, config.seed, None, layout))
     start = time.perf_counter()
     step = train_step.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - start
-    timing, last = time_steps(step, state, batch, samples)
+    with alone():
+        timing, last = time_steps(step, state, batch, args.samples)
     return {
         "devices": devices,
         "batch": config.batch.size,
         "seconds": timing._asdict(),
-        "tokens_per_second": config.batch.size * length / timing.median,
+        "tokens_per_second": config.batch.size * args.length / timing.median,
         "loss": float(last.loss),
         "visible": float(last.layers.visible.mean()),
         "memory_bytes": memory_bytes(step),

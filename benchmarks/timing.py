@@ -1,9 +1,13 @@
 """How long a call takes: the median over samples, after compilation and a warm-up."""
 
+import contextlib
+import fcntl
 import math
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +25,14 @@ class Timing(NamedTuple):
     worst: float
     samples: int
     calls: int
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Waits for other processes of this machine that hold this, then has them wait: so they compile side by side."""
+    with (Path(tempfile.gettempdir()) / "sparse-flash-jax-timing.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # closing gives it back
+        yield
 
 
 def measure(function: Callable[..., Any], *args: Any, samples: int, seconds: float = math.inf) -> Timing:
