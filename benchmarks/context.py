@@ -22,7 +22,7 @@ from environment import environment, written
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from passes import memory_bytes
 from selection import QUICK_LENGTH
-from timing import alone, measure
+from timing import alone, beside, measure
 
 import sparse_flash_jax as sfj
 
@@ -105,9 +105,10 @@ def _measure_case(case: Case, mesh: Mesh, args: argparse.Namespace, records: lis
     one_device = _one_device(case, args.implementation, samples) if args.check else None
     for exchange, layout in itertools.product(args.exchanges, args.layouts):
         zigzag = layout == "zigzag"
-        operands = _drawn(case, mesh, zigzag)
         context = sfj.Context("sequence", exchange, zigzag=zigzag, mesh=mesh)
-        compiled = _divided_step(case, context, args.implementation).lower(*operands).compile()
+        with beside():
+            operands = _drawn(case, mesh, zigzag)
+            compiled = _divided_step(case, context, args.implementation).lower(*operands).compile()
         record: dict[str, Any] = {
             **case._asdict(),
             "pattern": case.pattern,
@@ -130,9 +131,10 @@ def _measure_case(case: Case, mesh: Mesh, args: argparse.Namespace, records: lis
 def _one_device(case: Case, implementation: str | None, samples: int) -> tuple[dict[str, Any], Operands] | str:
     """Seconds and results of one device, or why there are none."""
     mesh = jax.make_mesh((1,), ("sequence",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
-    operands = _drawn(case, mesh, zigzag=False)
     try:
-        step = _whole_step(case, implementation).lower(*operands).compile()
+        with beside():
+            operands = _drawn(case, mesh, zigzag=False)
+            step = _whole_step(case, implementation).lower(*operands).compile()
         with alone():
             return measure(step, *operands, samples=samples)._asdict(), jax.device_get(step(*operands))
     except jax.errors.JaxRuntimeError as error:  # it does not fit

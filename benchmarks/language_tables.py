@@ -1,5 +1,6 @@
 """The tables of what `language_models.py` measured: how well each kind learns, and how much sooner than dense."""
 
+import math
 from pathlib import Path
 
 from environment import source
@@ -16,6 +17,8 @@ def language_tables(folder: Path = RESULTS) -> dict[str, str]:
     tables = {}
     if chosen := [curves[run] for run in GROUPS["choices"] if run in curves]:
         tables["language-models"] = f"{_choices(chosen)}\n\n{source(*(curve.environment for curve in chosen))}."
+    if beside := [curves[run] for run in GROUPS["reformer"] if run in curves]:
+        tables["reformer"] = f"{_beside_reformer(beside)}\n\n{source(*(curve.environment for curve in beside))}."
     if pairs := headline_pairs(curves):
         environments = [curve.environment for pair in pairs for curve in pair]
         tables["sooner"] = f"{_sooner(pairs)}\n\n{source(*environments)}."
@@ -23,10 +26,11 @@ def language_tables(folder: Path = RESULTS) -> dict[str, str]:
 
 
 def headline_pairs(curves: dict[Run, Curve]) -> list[tuple[Curve, Curve]]:
-    """The dense and the sparse run of each length and seed of the headline, where both are done."""
+    """The dense and the sparse run of each length and seed of the headline, where both are done; the shortest first."""
     runs = GROUPS["headline"]
     pairs = zip(runs[::2], runs[1::2], strict=True)
-    return [(curves[dense], curves[sparse]) for dense, sparse in pairs if dense in curves and sparse in curves]
+    done = [(curves[dense], curves[sparse]) for dense, sparse in pairs if dense in curves and sparse in curves]
+    return sorted(done, key=lambda pair: (pair[0].run.length, pair[0].run.seed))
 
 
 def _choices(curves: list[Curve]) -> str:
@@ -45,6 +49,25 @@ def _choices(curves: list[Curve]) -> str:
                 f"{speed / 1e3:.0f} k",
                 or_dash(dense and speed / dense, "{:.2f}x"),
                 f"{curve.visible[-1].mean():.3g}",
+                or_dash(curve.peak_bytes and curve.peak_bytes / 2**30, "{:.1f} GiB"),
+            ]
+        )
+    return markdown(rows)
+
+
+def _beside_reformer(curves: list[Curve]) -> str:
+    """Exact buckets, Reformer's chunks and dense attention, text by text."""
+    rows = [["data", "layers", "loss, nats", "bits", "perplexity", "tokens/s", "peak memory"]]
+    for curve in curves:
+        loss = curve.final["loss"]
+        rows.append(
+            [
+                f"{curve.run.text}, {curve.run.length} tokens",
+                curve.run.kind.words,
+                f"{loss:.3f}",
+                f"{loss / math.log(2):.3f}",
+                f"{math.exp(loss):.3f}",
+                f"{curve.tokens_per_second() / 1e3:.0f} k",
                 or_dash(curve.peak_bytes and curve.peak_bytes / 2**30, "{:.1f} GiB"),
             ]
         )

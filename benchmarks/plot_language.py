@@ -1,29 +1,39 @@
-"""Draws how language models learn: held-out loss by time beside dense attention, and by step for every choice.
+"""Draws how language models learn: held-out loss by time and step, and how well and fast every choice is at the end.
 
 `plot.py` calls this where there are results; by itself: python benchmarks/plot_language.py
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from figures import INK, draw_from, figure_of, finish, finish_figure, legend
+import numpy as np
+from figures import INK, draw_from, entry, figure_of, finish, finish_figure, legend
 from language_results import RESULTS, Curve, load_curves, sooner
 from language_runs import GROUPS
 from language_tables import headline_pairs
 
 SPARSE, DENSE = "#0072B2", INK
-HEADLINE, CHOICES, PROGRESS = "language-models.png", "language-choices.png", "language-progress.png"
+SHARED, OWN = "#D55E00", SPARSE  # Okabe and Ito
+HEADLINE, PAPER, CHOICES = "language-models.png", "language-paper.png", "language-choices.png"
+PROGRESS = "language-progress.png"
+PAPER_COLOURS = {"dense": DENSE}
+PAPER_COLOURS |= {"hash8": "#9ECAE1", "hash16": "#4292C6", "hash32": "#084594"}
+PAPER_COLOURS |= {"qk30": "#FDAE6B", "qk50": "#F16913", "qk70": "#A63603"}
+HASHING = ("hash16", "hash16-rotated", "hash16-centred", "hash16-near-own-keys")
+WORST = 2.25  # loss at which the axis ends; what is worse is named at its edge
 
 
 def draw_language(data: Path, folder: Path) -> list[Path]:
     """Writes those figures into a folder of which there are results, and returns their paths."""
     curves = load_curves(data)
     chosen = [curves[run] for run in GROUPS["choices"] if run in curves]
+    paper = [curve for curve in chosen if curve.run.attention in PAPER_COLOURS]
     figures: dict[Path, tuple[Callable[[Path, list[Any]], None], list[Any]]] = {
         folder / HEADLINE: (_draw_headline, headline_pairs(curves)),
+        folder / PAPER: (_draw_paper, paper),
         folder / CHOICES: (_draw_choices, chosen),
-        folder / PROGRESS: (_draw_progress, [curve for curve in chosen if _all_hash(curve)]),
+        folder / PROGRESS: (_draw_progress, [curve for curve in chosen if curve.run.attention in HASHING]),
     }
     for path, (draw, shown) in figures.items():
         if shown:
@@ -48,7 +58,7 @@ def _draw_headline(path: Path, pairs: list[tuple[Curve, Curve]]) -> None:
                     marker="o",
                     markersize=3,
                 )
-        _draw_sooner(ax, of_length[0])
+        _draw_sooner(ax, of_length)
         ax.set_title(f"{length // 1024}k tokens", color=INK)
         ax.set_xlabel("seconds of training", color=INK)
         ax.set_xlim(left=0)
@@ -61,81 +71,93 @@ def _draw_headline(path: Path, pairs: list[tuple[Curve, Curve]]) -> None:
     finish_figure(figure, f"The same {pairs[0][0].run.steps} steps on enwik8, keys of their own", path)
 
 
-def _draw_sooner(ax: Any, pair: tuple[Curve, Curve]) -> None:
-    """Marks the loss that dense has at its last point, and when the other had it."""
-    met = sooner(*pair)
-    if met is None:
+def _draw_sooner(ax: Any, pairs: list[tuple[Curve, Curve]]) -> None:
+    """Marks when the other has the loss of the last point of dense, for the first seed; says how much sooner of all."""
+    met = [each for each in (sooner(*pair) for pair in pairs) if each is not None]
+    if not met:
         return
-    loss, slow, fast = met
+    loss, slow, fast = met[0]
     arrow = {"arrowstyle": "<->", "color": SPARSE, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
     ax.annotate("", (fast, loss), xytext=(slow, loss), arrowprops=arrow)
-    style = {"ha": "right", "va": "top", "color": SPARSE, "fontweight": "bold", "fontsize": 9}
-    ax.annotate(f"{slow / fast:.1f}x sooner", (slow, loss), xytext=(0, -5), textcoords="offset points", **style)
+    factors = sorted({f"{slow / fast:.1f}" for _, slow, fast in met})
+    words = f"{' to '.join(dict.fromkeys((factors[0], factors[-1])))}x sooner"
+    style = {"ha": "right", "va": "bottom", "color": SPARSE, "fontweight": "bold", "fontsize": 9}
+    ax.annotate(words, (0.98, 0.9), xycoords="axes fraction", **style)
 
 
-def _draw_choices(path: Path, curves: list[Curve]) -> None:
-    """Loss by step and by time, a line for each kind."""
-    figure = figure_of(10.4, 6.2)
+def _draw_paper(path: Path, curves: list[Curve]) -> None:
+    """Loss by step and by time, a line for each of the paper's kinds."""
+    figure = figure_of(10.4, 4.6)
     axes = figure.subplots(1, 2, sharey=True)
-    for curve, style in zip(curves, _styles(curves), strict=True):
+    for curve in curves:
+        look = {"color": PAPER_COLOURS[curve.run.attention], "linewidth": 1.8, "marker": "o", "markersize": 3}
         steps = sorted(curve.held_out)
         losses = [curve.held_out[step] for step in steps]
-        label = f"{_titled(curve)}: {curve.final['loss']:.3f}"
-        axes[0].plot(steps, losses, label=label, **style)
-        axes[1].plot([curve.seconds_at(step) for step in steps], losses, **style)
+        axes[0].plot(steps, losses, label=curve.run.kind.words, **look)
+        axes[1].plot([curve.seconds_at(step) for step in steps], losses, **look)
     axes[0].set_xlabel("step", color=INK)
     axes[1].set_xlabel("seconds of training", color=INK)
     axes[0].set_ylabel("held-out loss, nats a byte", color=INK)
     for ax in axes:
-        ax.set_ylim(top=2.9)
         finish(ax)
-    legend(figure, axes[0].get_lines(), *(curve.environment for curve in curves), ncols=2)
-    finish_figure(figure, f"What layers see, at {curves[0].run.length // 1024}k tokens, and the final loss", path)
+    legend(figure, axes[0].get_lines(), *(curve.environment for curve in curves), ncols=4)
+    finish_figure(figure, f"The paper's kinds at {curves[0].run.length // 1024}k tokens, keys shared", path)
+
+
+def _draw_choices(path: Path, curves: list[Curve]) -> None:
+    """Final loss and speed, a row for each kind, the best on top."""
+    curves = sorted(curves, key=lambda curve: -curve.final["loss"])
+    figure = figure_of(10.4, 0.26 * len(curves) + 1.6)
+    losses, speeds = figure.subplots(1, 2, sharey=True)
+    colours = [SHARED if curve.run.kind.shared else OWN for curve in curves]
+    for row, (curve, colour) in enumerate(zip(curves, colours, strict=True)):
+        loss = curve.final["loss"]
+        losses.plot(min(loss, WORST), row, marker="o" if loss <= WORST else ">", color=colour)
+        if loss > WORST:
+            losses.annotate(f"{loss:.2f}  ", (WORST, row), ha="right", va="center", fontsize=8, color=colour)
+        speeds.plot(curve.tokens_per_second() / 1e3, row, marker="o", color=colour)
+    losses.set_yticks(range(len(curves)), [curve.run.kind.words for curve in curves], fontsize=9)
+    for ax, label in ((losses, "held-out loss, nats a byte"), (speeds, "thousand tokens a second")):
+        ax.set_xlabel(label, color=INK)
+        finish(ax)
+    speeds.set_xlim(left=0)
+    entries = [
+        entry(f"{keys} keys", color=colour, marker="o", linestyle="")
+        for keys, colour in (("own", OWN), ("shared", SHARED))
+    ]
+    legend(figure, entries, *(curve.environment for curve in curves), ncols=2)
+    run = curves[0].run
+    finish_figure(figure, f"What layers see: after {run.steps} steps at {run.length // 1024}k tokens", path)
 
 
 def _draw_progress(path: Path, curves: list[Curve]) -> None:
-    """How visible pairs, layer by layer, and step time change as models learn."""
-    figure = figure_of(10.4, 3.4 * len(curves) + 0.6)
-    panels = figure.subplots(len(curves), 2, sharex=True, squeeze=False)
-    for (left, right), curve in zip(panels, curves, strict=True):
+    """How visible pairs, layer by layer, and step time change as models learn, a column for each kind."""
+    figure = figure_of(3.1 * len(curves) + 0.4, 5.6)
+    tops, bottoms = figure.subplots(2, len(curves), sharex=True, sharey="row", squeeze=False)
+    for top, bottom, curve in zip(tops, bottoms, curves, strict=True):
         for layer, colour in enumerate(_shades(curve.visible.shape[1])):
-            left.plot(curve.steps, curve.visible[:, layer], color=colour, linewidth=1.3, label=f"layer {layer + 1}")
-        left.set_ylabel("share of visible pairs", color=INK)
-        left.set_title(_titled(curve), color=INK, fontsize=10)
-        left.set_ylim(bottom=0)
+            visible = _smoothed(curve.visible[:, layer])
+            top.plot(curve.steps, visible, color=colour, linewidth=1.3, label=f"layer {layer + 1}")
+        top.set_title(_titled(curve).replace("; ", "\n"), color=INK, fontsize=10)
         seconds = (curve.seconds[1:] - curve.seconds[:-1]) / (curve.steps[1:] - curve.steps[:-1])
-        right.plot(curve.steps[1:], 1e3 * seconds, color=SPARSE, linewidth=1.6)
-        right.set_ylabel("ms a step", color=INK)
-        right.set_ylim(bottom=0)
-        finish(left)
-        finish(right)
-    for ax in panels[-1]:
-        ax.set_xlabel("step", color=INK)
-    legend(figure, panels[0][0].get_lines(), *(curve.environment for curve in curves), ncols=6)
-    finish_figure(figure, "Buckets and step time while models learn", path)
+        bottom.plot(curve.steps[1:], _smoothed(1e3 * seconds), color=SPARSE, linewidth=1.6)
+        bottom.set_xlabel("step", color=INK)
+        finish(top)
+        finish(bottom)
+    for ax, label in ((tops[0], "share of visible pairs"), (bottoms[0], "ms a step")):
+        ax.set_ylabel(label, color=INK)
+        ax.set_ylim(bottom=0)
+    legend(figure, tops[0].get_lines(), *(curve.environment for curve in curves), ncols=6)
+    finish_figure(figure, "Buckets and step time while models learn, medians of 100 steps", path)
 
 
-def _all_hash(curve: Curve) -> bool:
-    """Whether all layers hash."""
-    return curve.run.attention.startswith("hash") and "dense" not in curve.run.attention
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Medians of five records, of fewer at both ends."""
+    return np.array([np.median(values[max(0, i - 2) : i + 3]) for i in range(len(values))])
 
 
 def _titled(curve: Curve) -> str:
     return f"{curve.run.kind.words}; {'shared' if curve.run.kind.shared else 'own'} keys"
-
-
-def _styles(curves: Iterable[Curve]) -> list[dict[str, Any]]:
-    """Dense in black, others by colour; dashed where keys are shared."""
-    from matplotlib import colormaps
-
-    names = [curve.run.attention.removesuffix("-own-keys") for curve in curves]
-    sparse = sorted({*names} - {"dense"})
-    colours = {name: colormaps["tab10" if len(sparse) <= 10 else "tab20"](i) for i, name in enumerate(sparse)}
-    look = {"linewidth": 1.8, "marker": "o", "markersize": 3}
-    return [
-        look | {"color": colours.get(name, DENSE), "linestyle": (0, (4, 2)) if curve.run.kind.shared else "-"}
-        for name, curve in zip(names, curves, strict=True)
-    ]
 
 
 def _shades(count: int) -> list[Any]:

@@ -6,7 +6,7 @@ python benchmarks/scaling.py --quick                          a tiny model, to s
 
 The step is that of `train_step.py`, with `--tokens` tokens for each device of the mesh. Efficiency is tokens a second
 over those of one device in the same run, times their number: 1 at best. Each mesh is compiled by a process of its own,
-`--processes` side by side, and timed while the others wait.
+`--processes` side by side, and timed when all of those have compiled, one by one.
 """
 
 import argparse
@@ -25,15 +25,16 @@ import numpy as np
 from environment import environment, written
 from passes import memory_bytes
 from selection import QUICK_LENGTH
-from timing import alone
+from timing import alone, beside
 from train_step import time_steps
 from variants import HASHED, Variant, settings, vocabulary
 
+from training.config import TrainConfig
 from training.errors import ConfigError
 from training.mesh import AXES, make_layout
 from training.model import transformer_config
 from training.optimizer import make_optimizer
-from training.step import init_state, make_train_step, structure_of
+from training.step import TrainState, init_state, make_train_step, structure_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LENGTH, TOKENS, BUCKETS = 16_384, 32_768, 16
@@ -109,17 +110,8 @@ def _measured(args: argparse.Namespace, mesh: str, parallel: str) -> dict[str, A
     devices = math.prod(int(part.split("=")[1]) for part in mesh.split(","))
     config = settings(_variant(args), args.length, args.tokens * devices, quick=args.quick)
     config = dataclasses.replace(config, mesh=mesh, parallel=parallel)
-    layout = make_layout(config)
-    model = transformer_config(config, vocabulary(quick=args.quick))
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    _, state = init_state(model, optimizer, config.seed, layout)
-    structure = structure_of(layout.training_model(model))
-    shape = (1, config.batch.size, args.length + 1)
-    batch = layout.place(np.random.default_rng(0).integers(0, model.vocab_size, shape, np.int32))
-    train_step = cast(jax.stages.Wrapped, make_train_step(structure, optimizer, config.seed, None, layout))
-    start = time.perf_counter()
-    step = train_step.lower(state, batch).compile()
-    compile_seconds = time.perf_counter() - start
+    with beside():
+        step, state, batch, compile_seconds = _compiled(config, vocabulary(quick=args.quick))
     with alone():
         timing, last = time_steps(step, state, batch, args.samples)
     return {
@@ -132,6 +124,20 @@ def _measured(args: argparse.Namespace, mesh: str, parallel: str) -> dict[str, A
         "memory_bytes": memory_bytes(step),
         "compile_seconds": compile_seconds,
     }
+
+
+def _compiled(config: TrainConfig, vocabulary: int) -> tuple[jax.stages.Compiled, TrainState, Any, float]:
+    """A training step, its state and a batch, and the seconds that it took to compile."""
+    layout = make_layout(config)
+    model = transformer_config(config, vocabulary)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    _, state = init_state(model, optimizer, config.seed, layout)
+    structure = structure_of(layout.training_model(model))
+    shape = (1, config.batch.size, config.batch.length + 1)
+    batch = layout.place(np.random.default_rng(0).integers(0, model.vocab_size, shape, np.int32))
+    train_step = cast(jax.stages.Wrapped, make_train_step(structure, optimizer, config.seed, None, layout))
+    start = time.perf_counter()
+    return train_step.lower(state, batch).compile(), state, batch, time.perf_counter() - start
 
 
 def _row(record: dict[str, Any]) -> str:

@@ -26,7 +26,8 @@ PAGES = {
     "docs/patterns.md": ("patterns",),
     "docs/devices.md": ("two-devices",),
     "docs/results.md": (
-        *("sooner", "language-models", "speed-up", "end-to-end", "sweeps", "sweeps-paper", "blocks", "training-step"),
+        *("sooner", "language-models", "speed-up", "end-to-end", "sweeps", "sweeps-paper", "reformer", "blocks"),
+        "training-step",
     ),
 }
 """Pages by their path, and the tables that each has."""

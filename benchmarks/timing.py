@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +28,20 @@ class Timing(NamedTuple):
     calls: int
 
 
+def beside() -> AbstractContextManager[None]:
+    """While one compiles: others may compile too, and whoever holds `alone()` is waited for."""
+    return _held(fcntl.LOCK_SH)
+
+
+def alone() -> AbstractContextManager[None]:
+    """While one is timed: waits until no other process of this machine compiles or is timed, then has them wait."""
+    return _held(fcntl.LOCK_EX)
+
+
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Waits for other processes of this machine that hold this, then has them wait: so they compile side by side."""
+def _held(way: int) -> Iterator[None]:
     with (Path(tempfile.gettempdir()) / "sparse-flash-jax-timing.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # closing gives it back
+        fcntl.flock(lock, way)  # closing gives it back
         yield
 
 

@@ -121,7 +121,8 @@ def test_what_was_not_measured_is_left_out(modules, tmp_path):
     assert (draw(tmp_path, tmp_path), tables(tmp_path)) == ([], {})
 
     _write(tmp_path, modules, "qk50", 5.0, [3.0, 2.5, 1.5, 1.0])  # no dense model, and none that hashes
-    assert [path.name for path in draw(tmp_path, tmp_path)] == ["language-choices.png"]
+    drawn = [path.name for path in draw(tmp_path, tmp_path)]
+    assert drawn == ["language-paper.png", "language-choices.png"]
     made = tables(tmp_path)
     assert made.keys() == {"language-models"}
     assert "| 50 % of q and k dropped | shared | 1.000 | 1.000 | 655 k | - | 0.375 |" in made["language-models"]
