@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
+from jax import export, lax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from sparse_flash_jax.manual_axes import varies
@@ -83,6 +84,8 @@ def by_batch_and_head(
 
 def _by_propagation(flat, leaves, letters, result_letters, summed) -> Sequence[Array]:
     """Divided as XLA finds the operands to be, while it compiles."""
+    # XLA asks for each call in the program, and a kernel takes seconds to lower: layers alike are lowered once.
+    lowered = functools.cache(functools.partial(_lowered, flat))
 
     def partition(mesh, arg_shapes, result_shape):
         shapes = [x.shape for x in arg_shapes]
@@ -90,11 +93,12 @@ def _by_propagation(flat, leaves, letters, result_letters, summed) -> Sequence[A
         specs = [getattr(x.sharding, "spec", ()) for x in (*arg_shapes, *result_shape)]
         ranks = [*shapes, *(x.shape for x in result_shape)]
         shares = _shares(mesh.shape, sizes, _divided((*letters, *result_letters), ranks, specs))
-        part = functools.partial(_part, flat, sizes, shares, result_letters, summed)
         operands, results = (
             tuple(NamedSharding(mesh, shares.spec(axes, x.shape)) for axes, x in zip(names, arrays, strict=True))
             for names, arrays in ((letters, arg_shapes), (result_letters, result_shape))
         )
+        parts = ((of.shard_shape(x.shape), x.dtype) for of, x in zip(operands, arg_shapes, strict=True))
+        part = functools.partial(_part, lowered(mesh, *parts), sizes, shares, result_letters, summed)
         return mesh, part, results, operands
 
     def rule(mesh, operand_types, result_types):
@@ -111,6 +115,28 @@ def _by_propagation(flat, leaves, letters, result_letters, summed) -> Sequence[A
         return mapped, (True,) * len(mapped)
 
     return call(*leaves)
+
+
+def _lowered(flat, mesh: Mesh, *parts: tuple[tuple[int, ...], Any]) -> Callable[..., Any]:
+    """`flat`, lowered for parts of these shapes and dtypes on one of the mesh's devices, where that pays."""
+    device = mesh.devices.flat[0]
+    platform = _long_to_lower_for(device)
+    if platform is None:
+        return flat
+    try:
+        alone = jax.set_mesh(Mesh(np.asarray([device]), ("one",)))  # in place of the caller's, of all devices
+    except ValueError:  # compiled while something else is traced
+        return flat
+    # Run by this process alone: that Triton's kernels may be others in a later JAX is no matter.
+    checks = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+    lower = export.export(jax.jit(flat), platforms=[platform], disabled_checks=checks)
+    with alone:
+        return lower(*(jax.ShapeDtypeStruct(*part) for part in parts)).call
+
+
+def _long_to_lower_for(device: Any) -> str | None:
+    """The platform as JAX lowers for it, where kernels are; elsewhere None."""
+    return "cuda" if device.platform == "gpu" and "rocm" not in device.client.platform_version else None
 
 
 def _by_types(flat, leaves, letters, result_letters, summed) -> Sequence[Array]:

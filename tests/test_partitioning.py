@@ -2,6 +2,7 @@
 
 import functools
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sparse_flash_jax as sfj
+from sparse_flash_jax import partitioning
+from sparse_flash_jax.partitioning import by_batch_and_head
 from tests.test_transforms import assert_same, attended
 
 BATCH, LENGTH, HEAD_DIM, BUCKETS = 4, 40, 8, 4
@@ -193,3 +196,56 @@ def test_positions_are_hashed_where_they_are(kind):
         compiled = hashed.lower(part).compile()
         assert moved(compiled) == moves
         np.testing.assert_array_equal(compiled(part), hashed(x))
+
+
+@pytest.fixture
+def lowered_once(monkeypatch):
+    """Calls are lowered once here, as on GPUs."""
+    monkeypatch.setattr(partitioning, "_long_to_lower_for", lambda device: device.platform)
+
+
+@KINDS
+@pytest.mark.parametrize("over", [("data", "tensor"), (None, None)])
+def test_a_mesh_that_is_set(over, kind, lowered_once):
+    operands = arrays(4, 4)[:3]
+    parts = divided(operands, kind, over)
+    attend = jax.jit(lambda q, k, v: sfj.hash_sparse_attention(q, k, v, BUCKETS, KEY))
+    with jax.set_mesh(parts[0].sharding.mesh):
+        got = attend(*parts)
+    assert_same((got,), (attend(*operands),))
+
+
+def doubling():
+    """A function that doubles by batch entry and head, an array to double, and the shapes at which it was traced."""
+    shapes = []
+
+    def double(x):
+        shapes.append(x.shape)
+        return 2 * x
+
+    x = divided(arrays(4, 4)[0], AxisType.Auto, ("data", "tensor"))
+    return jax.jit(lambda x: by_batch_and_head(double, (x,), ("btn-",), "btn-")), x, shapes
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_layers_alike_are_lowered_once(layers, lowered_once):
+    layer, x, shapes = doubling()
+    chain = jax.jit(lambda x: functools.reduce(lambda x, _: layer(x), range(layers), x))
+    np.testing.assert_array_equal(chain(x), 2**layers * x)
+    assert shapes == [(BATCH, LENGTH, 4, HEAD_DIM), (BATCH // 2, LENGTH, 1, HEAD_DIM)]
+
+
+def test_compiled_while_something_else_is_traced(lowered_once):
+    layer, x, _ = doubling()
+    compiled = []
+    jax.jit(lambda y: compiled.append(layer.lower(x).compile()) or y)(1.0)
+    np.testing.assert_array_equal(compiled[0](x), 2 * x)
+
+
+@pytest.mark.parametrize(
+    ("platform", "version", "expected"),
+    [("gpu", "PJRT C API\ncuda 13000", "cuda"), ("gpu", "PJRT C API\nrocm 60300", None), ("cpu", "cpu", None)],
+)
+def test_where_lowering_once_pays(platform, version, expected):
+    device = SimpleNamespace(platform=platform, client=SimpleNamespace(platform_version=version))
+    assert partitioning._long_to_lower_for(device) == expected
