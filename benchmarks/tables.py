@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from device_tables import device_tables
 from environment import ROOT, source
 from language_tables import language_tables
 from markdown_table import markdown
@@ -18,13 +19,12 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SHOWN = {"hash16": "16 buckets", "hash64": "64 buckets", "qk50": "half of q and k dropped", "qk70": "70 % dropped"}
 SWEPT, SINGLE, STEPS = "density-gpu.json", "attention-gpu-end-to-end.json", "train-step-gpu.json"
 BLOCKS = ("blocks-gpu.json", "blocks-gpu-64k.json")
-DIVIDED = "context-gpu.json"
 BOTH = "forward_backward"
 PAGES = {
     "README.md": ("speed-up", "end-to-end", "sooner", "blocks", "training-step", "break-even"),
     "docs/index.md": ("break-even",),
     "docs/patterns.md": ("patterns",),
-    "docs/devices.md": ("two-devices",),
+    "docs/devices.md": ("scaling", "divided-sequences"),
     "docs/results.md": (
         *("sooner", "language-models", "speed-up", "end-to-end", "sweeps", "sweeps-paper", "reformer", "blocks"),
         "training-step",
@@ -56,7 +56,7 @@ def tables() -> dict[str, str]:
         "blocks": _blocks(),
         "break-even": _break_even(measured),
         "patterns": _patterns(),
-        "two-devices": _two_devices(),
+        **device_tables(),
         **sweep_tables(),
         **language_tables(),
     }
@@ -175,24 +175,6 @@ def _patterns() -> str:
         rows.append([name, f"{density:.3g}", f"{1e3 * median:.2f}", f"{case['speedup'][part]:.1f}x"])
     rows = [rows[0], *sorted(rows[1:], key=lambda row: float(row[1]))]
     return f"{markdown(rows)}\n\n{longest} tokens. {source(environment)}; {source(result['environment'])}."
-
-
-def _two_devices() -> str:
-    """A sequence over two devices, by exchange and layout, forward + backward, beside one device."""
-    result = json.loads((RESULTS / DIVIDED).read_text())
-    by_pattern: dict[tuple[int, int], dict[str, float]] = {}
-    for case in result["cases"]:
-        of_pattern = by_pattern.setdefault((case["length"], -case["buckets"]), {"one device": 0.0})
-        of_pattern["one device"] = case["seconds"]["one_device"]["median"]
-        of_pattern[f"{case['exchange']}, {case['layout']}"] = case["seconds"][BOTH]["median"]
-    columns = list(next(iter(by_pattern.values())))
-    rows = [["T", "pattern", *(f"{column}, ms" for column in columns), "best over one device"]]
-    for (length, negative), seconds in sorted(by_pattern.items(), key=lambda item: (item[0][0], -item[0][1])):
-        pattern = f"{-negative} buckets" if negative else "causal"
-        best = seconds["one device"] / min(seconds[column] for column in columns[1:])
-        times = (f"{1e3 * seconds[column]:.3g}" for column in columns)
-        rows.append([str(length), pattern, *times, f"{best:.2f}x"])
-    return f"{markdown(rows)}\n\n{source(result['environment'])}."
 
 
 def _break_even(measured: dict[str, Any]) -> str:

@@ -1,0 +1,74 @@
+"""The tables of several devices: training steps over meshes, and sequences that are divided."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from environment import source
+from markdown_table import markdown, or_dash
+from pattern_names import words
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SCALED = ("scaling-gpu.json", "scaling-gpu-others.json")
+DIVIDED = ("context-gpu.json", "context-gpu-four.json")
+WAYS = ("ring, in order", "ring, zigzag", "gather, in order", "gather, zigzag")
+
+
+def device_tables() -> dict[str, str]:
+    """Returns each table by the name in its markers."""
+    return {"scaling": _scaling(), "divided-sequences": _divided_sequences()}
+
+
+def _scaling() -> str:
+    """Training steps over meshes, each beside one device of the same run."""
+    results = [_load(name) for name in SCALED]
+    rows = [["attention", "tokens a device", "mesh", "ms a step", "tokens/s", "efficiency", "memory a device"]]
+    for step in (step for result in results for step in result["steps"]):
+        if step["devices"] == 1:
+            continue
+        rows.append(
+            [
+                words(step["attention"]),
+                str(step["batch"] * step["length"] // step["devices"]),
+                step["mesh"] + (", pmap" if step["parallel"] == "pmap" else ""),
+                f"{1e3 * step['seconds']['median']:.1f}",
+                f"{step['tokens_per_second'] / 1e3:.0f} k",
+                f"{step['efficiency']:.2f}",
+                f"{step['memory_bytes']['peak'] / 2**30:.1f} GiB",
+            ]
+        )
+    return f"{markdown(rows)}\n\n{source(*(result['environment'] for result in results))}."
+
+
+def _divided_sequences() -> str:
+    """A sequence over devices, by exchange and layout, forward + backward, beside one device."""
+    results = [_load(name) for name in DIVIDED]
+    rows = [["T", "pattern", "devices", "one device, ms", *(f"{way}, ms" for way in WAYS), "best over one device"]]
+    for (length, buckets, devices), times in sorted(_ways(results).items()):
+        one = times["one device"]
+        cells = [or_dash(times.get(way) and 1e3 * times[way], "{:.3g}") for way in WAYS]
+        best = one / min(times[way] for way in WAYS if way in times)
+        pattern = f"{buckets} buckets" if buckets else "causal"
+        rows.append([str(length), pattern, str(devices), f"{1e3 * one:.3g}", *cells, f"{best:.2f}x"])
+    return f"{markdown(rows)}\n\n{source(*(result['environment'] for result in results))}."
+
+
+def _ways(results: list[dict[str, Any]]) -> dict[tuple[int, int, int], dict[str, float]]:
+    """Seconds by way, by length, buckets and devices; of runs over more than two devices the longest length alone.
+
+    Shorter calls there were timed while other processes compiled, and waited for the host.
+    """
+    found: dict[tuple[int, int, int], dict[str, float]] = {}
+    for result in results:
+        longest = max(case["length"] for case in result["cases"])
+        for case in result["cases"]:
+            if result["devices"] > 2 and case["length"] < longest:
+                continue
+            times = found.setdefault((case["length"], case["buckets"], result["devices"]), {})
+            times["one device"] = case["seconds"]["one_device"]["median"]
+            times[f"{case['exchange']}, {case['layout']}"] = case["seconds"]["forward_backward"]["median"]
+    return found
+
+
+def _load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
