@@ -25,6 +25,9 @@ from sparse_flash_jax.manual_axes import varies
 
 MeshAxes = tuple[str, ...]
 
+# What is exported is run by this process alone: that Triton's kernels may be others in a later JAX is no matter.
+_UNCHECKED = (export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton"),)
+
 
 class _Sizes(NamedTuple):
     """Of the whole arrays; axes of size 1, which stand for any size, do not count."""
@@ -123,15 +126,12 @@ def _lowered(flat, mesh: Mesh, *parts: tuple[tuple[int, ...], Any]) -> Callable[
     platform = _long_to_lower_for(device)
     if platform is None:
         return flat
+    lower = export.export(jax.jit(flat), platforms=[platform], disabled_checks=_UNCHECKED)
     try:
-        alone = jax.set_mesh(Mesh(np.asarray([device]), ("one",)))  # in place of the caller's, of all devices
-    except ValueError:  # compiled while something else is traced
+        with jax.set_mesh(Mesh(np.asarray([device]), ("one",))):  # in place of the caller's, of all devices
+            return lower(*(jax.ShapeDtypeStruct(*part) for part in parts)).call
+    except ValueError:  # compiled while something else is traced, or custom calls that this JAX does not export
         return flat
-    # Run by this process alone: that Triton's kernels may be others in a later JAX is no matter.
-    checks = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-    lower = export.export(jax.jit(flat), platforms=[platform], disabled_checks=checks)
-    with alone:
-        return lower(*(jax.ShapeDtypeStruct(*part) for part in parts)).call
 
 
 def _long_to_lower_for(device: Any) -> str | None:

@@ -5,6 +5,7 @@ import re
 from types import SimpleNamespace
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import sparse_flash_jax as sfj
 from sparse_flash_jax import partitioning
 from sparse_flash_jax.partitioning import by_batch_and_head
+from tests.gpus import H100, on, put_device
 from tests.test_transforms import assert_same, attended
 
 BATCH, LENGTH, HEAD_DIM, BUCKETS = 4, 40, 8, 4
@@ -240,6 +242,22 @@ def test_compiled_while_something_else_is_traced(lowered_once):
     compiled = []
     jax.jit(lambda y: compiled.append(layer.lower(x).compile()) or y)(1.0)
     np.testing.assert_array_equal(compiled[0](x), 2 * x)
+
+
+def test_kernels_can_be_exported(monkeypatch):
+    put_device(monkeypatch)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+    def gradients(q, k, v, key):
+        attend = lambda q, k, v: sfj.hash_sparse_attention(q, k, v, BUCKETS, key).astype("float32").sum()
+        return jax.grad(attend, (0, 1, 2))(q, k, v)
+
+    operand, key = jax.ShapeDtypeStruct((1, 512, 2, 64), "bfloat16"), jax.eval_shape(lambda: KEY)
+    export_ = jax.export.export(jax.jit(gradients), platforms=["cuda"], disabled_checks=partitioning._UNCHECKED)
+    with on(H100):
+        text = export_(operand, operand, operand, key).mlir_module()
+    assert text.count("@mosaic_gpu") == 3  # forward, dQ, dK/dV
+    assert "__gpu$xla.gpu.triton" in text
 
 
 @pytest.mark.parametrize(
