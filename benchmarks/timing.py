@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -40,7 +41,7 @@ def alone() -> AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _held(way: int) -> Iterator[None]:
-    with (Path(tempfile.gettempdir()) / "sparse-flash-jax-timing.lock").open("w") as lock:
+    with (Path(tempfile.gettempdir()) / f"sparse-flash-jax-timing-{os.getuid()}.lock").open("w") as lock:
         fcntl.flock(lock, way)  # closing gives it back
         yield
 

@@ -237,6 +237,12 @@ def test_layers_alike_are_lowered_once(layers, lowered_once):
     assert shapes == [(BATCH, LENGTH, 4, HEAD_DIM), (BATCH // 2, LENGTH, 1, HEAD_DIM)]
 
 
+@pytest.mark.parametrize(("function", "key_heads", "moves"), [(planned_from_ids, 4, []), (hashed, 1, ["all-reduce"])])
+def test_lowered_once_as_on_one_device(function, key_heads, moves, lowered_once):
+    operands = arrays(8 if key_heads > 1 else 4, key_heads)
+    assert_as_on_one_device(function, operands, ("data", "tensor"), AxisType.Auto, moves=moves)
+
+
 def test_compiled_while_something_else_is_traced(lowered_once):
     layer, x, _ = doubling()
     compiled = []

@@ -12,19 +12,20 @@ import numpy as np
 import pytest
 
 import train
+from training.config import DistributedConfig
+from training.errors import ConfigError
 from training.metrics import read_metrics
+from training.processes import join
 from training.run_folder import steps_in
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = [
-    *("--model.layers", "2", "--model.width", "16", "--model.heads", "2", "--buckets", "4", "--rate", "0.3"),
-    *("--attention", "hash", "qk", "--length", "32", "--batch-size", "4", "--log-every", "1", "-n", "100000"),
+    *("--model.layers", "3", "--model.width", "16", "--model.heads", "2", "--buckets", "4", "--rate", "0.3"),
+    *("--attention", "dense", "hash", "qk", "--length", "32", "--batch-size", "4", "--log-every", "1", "-n", "100000"),
     *("--evaluation.every", "10", "--evaluation.windows", "2", "--evaluation.final-windows", "2"),
     *("--evaluation.lengths", "16", "--sample.prompt", "4", "--sample.tokens", "4", "--checkpoint.every", "5"),
     *("--optimizer.warmup", "0.0001", "--optimizer.ema", "0.9", "--optimizer.non-finite", "skip"),
 ]
-
-pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 
 
 def arguments(folder, *options):
@@ -70,6 +71,38 @@ def train_a_step(folder, *options):
         assert train.main(arguments(folder, *options, "--mesh", "data=4", "--max-minutes", "0")) == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"auto": True, "process": 1}, "--distributed.auto finds out what --distributed.process would say"),
+        ({"coordinator": "host:1"}, "need --distributed.processes and --distributed.process, too"),
+        ({"coordinator": "host:1", "processes": 2, "process": 2}, r"must lie in \[0, 2\), got 2"),
+        ({"auto": True, "timeout": 0}, "must be at least 1 second"),
+    ],
+)
+def test_settings_that_name_no_others(options, message):
+    with pytest.raises(ConfigError, match=message):
+        join(DistributedConfig(**options))
+
+
+def test_whom_the_cluster_names(monkeypatch):
+    """Slurm, Open MPI and Kubernetes are JAX's to ask: it is told nothing."""
+    asked = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **times: asked.append((given, times)))
+    join(DistributedConfig())
+    assert not asked  # one process
+    join(DistributedConfig(auto=True, timeout=7, heartbeat=8))
+    assert asked == [((None,) * 3, {"initialization_timeout": 7, "heartbeat_timeout_seconds": 8})]
+
+    def fail(*given, **times):
+        raise RuntimeError("no cluster\n was found")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(ConfigError, match="cannot meet the other processes: no cluster was found"):
+        join(DistributedConfig(auto=True))
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 def test_two_processes_train_as_one(tmp_path):
     (tmp_path / "text.txt").write_text("".join(f"line {number}: the same words again\n" for number in range(2000)))
     out, alone = tmp_path / "two", tmp_path / "one"
