@@ -73,6 +73,16 @@ KINDS: dict[str, Kind] = {
     "hash16-rounds4": Kind("16 buckets, 4 rounds", _hash(16, "--model.rounds", "4")),
     "hash16-near": Kind("16 buckets and the last 128 tokens", _hash(16, "--model.near", "128")),
     "hash16-near-own-keys": Kind("16 buckets and the last 128 tokens", _hash(16, "--model.near", "128"), shared=False),
+    "hash16-near-fixed-own-keys": Kind(
+        "16 buckets and the last 128 tokens, fixed hashes",
+        _hash(16, "--model.near", "128", "--model.fixed-draws"),
+        shared=False,
+    ),
+    "hash16-near-rotated-fixed-own-keys": Kind(
+        "16 buckets, after rotary positions, and the last 128 tokens, fixed hashes",
+        _hash(16, "--model.near", "128", "--model.rotated", "--model.fixed-draws"),
+        shared=False,
+    ),
     "qk30": Kind("30 % of q and k dropped", _qk(0.3)),
     "qk50": Kind("50 % of q and k dropped", _qk(0.5)),
     "qk70": Kind("70 % of q and k dropped", _qk(0.7)),
@@ -89,6 +99,11 @@ KINDS: dict[str, Kind] = {
     "local-hash16-rotated": Kind(
         "window of 128, every fourth layer 16 buckets after rotary positions",
         _by_turns(*_LOCALS, "hash", more=("--model.rotated",)),
+    ),
+    "local-hash16-fixed-own-keys": Kind(
+        "window of 128, every fourth layer 16 buckets, fixed hashes",
+        _by_turns(*_LOCALS, "hash", more=("--model.fixed-draws",)),
+        shared=False,
     ),
     "local-qk50-own-keys": Kind(
         "window of 128, every fourth layer 50 % dropped", _by_turns(*_LOCALS, "qk", more=("--model.rate", "0.5")), False
