@@ -28,6 +28,8 @@ MeshAxes = tuple[str, ...]
 # What is exported is run by this process alone: that Triton's kernels may be others in a later JAX is no matter.
 _UNCHECKED = (export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton"),)
 
+_LONG_TO_LOWER = b"mosaic_gpu"  # the custom calls of kernels that take seconds; others are quick
+
 
 class _Sizes(NamedTuple):
     """Of the whole arrays; axes of size 1, which stand for any size, do not count."""
@@ -129,9 +131,12 @@ def _lowered(flat, mesh: Mesh, *parts: tuple[tuple[int, ...], Any]) -> Callable[
     lower = export.export(jax.jit(flat), platforms=[platform], disabled_checks=_UNCHECKED)
     try:
         with jax.set_mesh(Mesh(np.asarray([device]), ("one",))):  # in place of the caller's, of all devices
-            return lower(*(jax.ShapeDtypeStruct(*part) for part in parts)).call
+            lowered = lower(*(jax.ShapeDtypeStruct(*part) for part in parts))
     except ValueError:  # compiled while something else is traced, or custom calls that this JAX does not export
         return flat
+    # XLA takes the stack frames of loops in what is called for those of the whole program. That has fewer, or comes to
+    # have others in a circle, and then the pass propagate-call-metadata never ends; with Mosaic's kernels are no loops.
+    return lowered.call if _LONG_TO_LOWER in lowered.mlir_module_serialized else flat
 
 
 def _long_to_lower_for(device: Any) -> str | None:

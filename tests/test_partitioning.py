@@ -202,8 +202,9 @@ def test_positions_are_hashed_where_they_are(kind):
 
 @pytest.fixture
 def lowered_once(monkeypatch):
-    """Calls are lowered once here, as on GPUs."""
+    """Calls are lowered once here, as those of Mosaic's kernels on GPUs."""
     monkeypatch.setattr(partitioning, "_long_to_lower_for", lambda device: device.platform)
+    monkeypatch.setattr(partitioning, "_LONG_TO_LOWER", b"")
 
 
 @KINDS
@@ -241,6 +242,13 @@ def test_layers_alike_are_lowered_once(layers, lowered_once):
 def test_lowered_once_as_on_one_device(function, key_heads, moves, lowered_once):
     operands = arrays(8 if key_heads > 1 else 4, key_heads)
     assert_as_on_one_device(function, operands, ("data", "tensor"), AxisType.Auto, moves=moves)
+
+
+def test_what_is_quick_to_lower_is_lowered_for_each_call(lowered_once, monkeypatch):
+    monkeypatch.setattr(partitioning, "_LONG_TO_LOWER", b"mosaic_gpu")
+    layer, x, shapes = doubling()
+    np.testing.assert_array_equal(jax.jit(lambda x: layer(layer(x)))(x), 4 * x)
+    assert shapes[1:] == [(BATCH // 2, LENGTH, 1, HEAD_DIM)] * 3  # once to see that it is quick
 
 
 def test_compiled_while_something_else_is_traced(lowered_once):
