@@ -269,7 +269,9 @@ def test_kernels_can_be_exported(monkeypatch):
     operand, key = jax.ShapeDtypeStruct((1, 512, 2, 64), "bfloat16"), jax.eval_shape(lambda: KEY)
     export_ = jax.export.export(jax.jit(gradients), platforms=["cuda"], disabled_checks=partitioning._UNCHECKED)
     with on(H100):
-        text = export_(operand, operand, operand, key).mlir_module()
+        exported = export_(operand, operand, operand, key)
+    text = exported.mlir_module()
+    assert partitioning._LONG_TO_LOWER in exported.mlir_module_serialized
     assert text.count("@mosaic_gpu") == 3  # forward, dQ, dK/dV
     assert "__gpu$xla.gpu.triton" in text
 
