@@ -6,6 +6,7 @@ Through Sparse Flash Attention" (arXiv 2306.01160). How it is trained is left to
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -91,6 +92,14 @@ class TransformerConfig:
     def parts(self) -> int:
         """Devices that a sequence is divided over."""
         return 1 if self.context is None or self.context.mesh is None else self.context.mesh.shape[self.context.axis]
+
+    @property
+    def batch_parts(self) -> int:
+        """What the sequences of a batch are divided into, for as many devices or more."""
+        if self.stream is None:
+            return 1
+        over = self.stream.spec[0] or ()
+        return math.prod(self.stream.mesh.shape[axis] for axis in ((over,) if isinstance(over, str) else over))
 
     def laid_out[Ids: jax.Array | None](self, ids: Ids) -> Ids:
         """What belongs to tokens [B T], which come in order, in the order of the rows that the model works on."""

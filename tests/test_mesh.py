@@ -175,6 +175,13 @@ def test_a_vocabulary_that_cannot_be_divided_is_whole():
     assert division(384)[0] == "tensor"
 
 
+@pytest.mark.parametrize(
+    ("mesh", "parts"), [(None, 1), ("data=4", 4), ("data=2,fsdp=2,tensor=2", 4), ("data=2,context=2,tensor=2", 2)]
+)
+def test_the_model_knows_how_a_batch_is_divided(mesh, parts):
+    assert layout_of(mesh).training_model(MODEL).batch_parts == parts
+
+
 def test_pmap_takes_data_alone():
     with pytest.raises(ConfigError, match="a mesh of data alone"):
         layout_of("data=2,tensor=2", "pmap")

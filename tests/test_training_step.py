@@ -84,6 +84,15 @@ def test_chunked_loss_is_exact(monkeypatch, elements, rows):
         np.testing.assert_allclose(x, y, atol=1e-6)
 
 
+@pytest.mark.parametrize(("batch", "parts", "over"), [(2, 1, (1, 1)), (8, 1, (4, 1)), (2, 4, (1, 4)), (4, 2, (2, 2))])
+def test_each_device_has_chunks_of_the_same_size(batch, parts, over):
+    """Of 2 sequences, or parts of them, of 16384 tokens, whatever others have: 7 chunks, of whole tiles of rows."""
+    tokens = jax.ShapeDtypeStruct((batch, parts * 16_384), jnp.int32)
+    split = functools.partial(loss_module._split, loss_module._Division(*over), 50_304)
+    (chunks,) = jax.eval_shape(split, tokens)
+    assert chunks.shape == (7, batch, parts * 37 * loss_module._ROWS // 2)
+
+
 def test_loss_of_short_states_keeps_float32_sums(monkeypatch):
     """Products of bfloat16 operands, summed in float32 within a chunk and over chunks."""
     monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", 1)

@@ -10,6 +10,7 @@ of 50304 the logits of 4 x 8192 tokens would take 6.6 GB in float32; a chunk tak
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,16 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from models.transformer import Transformer
 
-# Logits of about this many elements are held at once: 1 GB in float32.
+# Logits of about this many elements are held at once by a device: 1 GB in float32.
 _CHUNK_ELEMENTS = 1 << 28
-_ROWS = 128  # of a tile of matrix products; a chunk has batch x positions
+_ROWS = 128  # of a tile of matrix products; of a chunk a device has batch x positions
+
+
+class _Division(NamedTuple):
+    """How many devices batch entries and positions are divided over."""
+
+    batch: int
+    positions: int
 
 
 def total_cross_entropy(
@@ -36,12 +44,13 @@ def total_cross_entropy(
         targets: next tokens.
         weights: of each token's loss.
     """
-    return _total(model.config.parts, hidden, model.embedding[...].astype(jnp.float32), targets, weights)
+    division = _Division(model.config.batch_parts, model.config.parts)
+    return _total(division, hidden, model.embedding[...].astype(jnp.float32), targets, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _total(
-    parts: int,
+    division: _Division,
     hidden: Float[Array, "B T D"],
     embedding: Float32[Array, "vocab D"],
     targets: Int32[Array, "B T"],
@@ -53,12 +62,12 @@ def _total(
         losses, _, _ = _losses(narrow, *piece[:2])
         return total + jnp.sum(piece[2] * losses), None
 
-    pieces = _split(parts, embedding.shape[0], hidden, targets, weights)
+    pieces = _split(division, embedding.shape[0], hidden, targets, weights)
     total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), pieces)
     return total
 
 
-def _total_with_gradients(parts, hidden, embedding, targets, weights):
+def _total_with_gradients(division, hidden, embedding, targets, weights):
     narrow = embedding.astype(hidden.dtype)
     token = jnp.arange(embedding.shape[0], dtype=jnp.int32)
 
@@ -74,13 +83,13 @@ def _total_with_gradients(parts, hidden, embedding, targets, weights):
         return (total + jnp.sum(weights * losses), dembedding), (dhidden, losses)
 
     zeros = jnp.zeros((), jnp.float32), jnp.zeros(embedding.shape, jnp.float32)
-    pieces = _split(parts, embedding.shape[0], hidden, targets, weights)
+    pieces = _split(division, embedding.shape[0], hidden, targets, weights)
     (total, dembedding), of_tokens = jax.lax.scan(add, zeros, pieces)
-    dhidden, dweights = (_joined(parts, x, targets.shape[1]) for x in of_tokens)
+    dhidden, dweights = (_joined(division.positions, x, targets.shape[1]) for x in of_tokens)
     return total, (dhidden, dembedding, dweights)
 
 
-def _times_cotangent(parts, gradients, cotangent):
+def _times_cotangent(division, gradients, cotangent):
     dhidden, dembedding, dweights = ((cotangent * x.astype(jnp.float32)).astype(x.dtype) for x in gradients)
     return dhidden, dembedding, None, dweights
 
@@ -96,12 +105,14 @@ def _losses(embedding, hidden, targets):
     return log_total - chosen, logits, log_total
 
 
-def _split(parts: int, vocabulary: int, *xs: Array) -> tuple[Array, ...]:
+def _split(division: _Division, vocabulary: int, *xs: Array) -> tuple[Array, ...]:
     """[B T ...] in chunks of the sequence, first axis, each a piece of every part; what is padded has weight 0."""
-    batch, length = xs[0].shape[0], xs[0].shape[1] // parts
-    chunks = -(-length * parts * batch * vocabulary // _CHUNK_ELEMENTS)
+    batch, parts = xs[0].shape[0], division.positions
+    length = xs[0].shape[1] // parts
+    of_device = max(1, batch // division.batch)
+    chunks = -(-length * of_device * vocabulary // _CHUNK_ELEMENTS)
     chunk = -(-length // chunks)
-    whole = _ROWS // math.gcd(_ROWS, batch)
+    whole = _ROWS // math.gcd(_ROWS, of_device)
     chunk = min(length, -(-chunk // whole) * whole)
     pad = -length % chunk
 
