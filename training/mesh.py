@@ -42,9 +42,9 @@ _DIVISION = {
     "down/kernel": ("tensor", "fsdp"),
 }
 
-# Gradients of a block are summed over GPUs while those of the blocks before it are computed. XLA would join all blocks'
-# into sums of 30 MB or more, have one sum at a time, and begin it when little is left to compute. A block of the
-# paper's model is 13 MB in bfloat16; wider ones are summed matrix by matrix.
+# Gradients of a block can be summed over GPUs while those of the blocks before it are computed. XLA would join all
+# blocks' into sums of 30 MB or more, have one sum at a time, and begin it when little is left to compute. A block of
+# the paper's model is 13 MB in bfloat16; wider ones are summed matrix by matrix.
 _SUMS_BESIDE_BACKWARD = {
     "xla_gpu_all_reduce_combine_threshold_bytes": 14_000_000,
     "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
