@@ -138,7 +138,8 @@ def _draw_progress(path: Path, curves: list[Curve]) -> None:
         for layer, colour in enumerate(_shades(curve.visible.shape[1])):
             visible = _smoothed(curve.visible[:, layer])
             top.plot(curve.steps, visible, color=colour, linewidth=1.3, label=f"layer {layer + 1}")
-        top.set_title(_titled(curve).replace("; ", "\n"), color=INK, fontsize=10)
+        keys = "shared" if curve.run.kind.shared else "own"
+        top.set_title(f"{curve.run.kind.words}\n{keys} keys", color=INK, fontsize=10)
         seconds = (curve.seconds[1:] - curve.seconds[:-1]) / (curve.steps[1:] - curve.steps[:-1])
         bottom.plot(curve.steps[1:], _smoothed(1e3 * seconds), color=SPARSE, linewidth=1.6)
         bottom.set_xlabel("step", color=INK)
@@ -154,10 +155,6 @@ def _draw_progress(path: Path, curves: list[Curve]) -> None:
 def _smoothed(values: np.ndarray) -> np.ndarray:
     """Medians of five records, of fewer at both ends."""
     return np.array([np.median(values[max(0, i - 2) : i + 3]) for i in range(len(values))])
-
-
-def _titled(curve: Curve) -> str:
-    return f"{curve.run.kind.words}; {'shared' if curve.run.kind.shared else 'own'} keys"
 
 
 def _shades(count: int) -> list[Any]:

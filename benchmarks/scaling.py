@@ -52,13 +52,11 @@ def main() -> None:
         with written(result, path) as keep:
             print(f"{_variant(args)}, {args.length} tokens a sequence, {args.tokens} a device")
             print(f"{'mesh':<28}{'parallel':>9}{'ms':>9}{'tokens/s':>11}{'efficiency':>12}{'GiB':>7}")
-            one = None
             for record in pool.map(functools.partial(_record, args), [("data=1", "jit"), *_meshes(args, devices)]):
-                one = record if one is None else one
-                if "failed" not in record:
-                    first = one.get("tokens_per_second")
-                    record["efficiency"] = first and record["tokens_per_second"] / first / record["devices"]
                 result["steps"].append(record)
+                if "failed" not in record:
+                    one = result["steps"][0].get("tokens_per_second")
+                    record["efficiency"] = one and record["tokens_per_second"] / one / record["devices"]
                 print(_row(record), flush=True)
                 keep()
 
