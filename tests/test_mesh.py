@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import types
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -14,7 +13,7 @@ from sparse_flash_jax.flax.pattern import QK, Dense, Hash
 from training.checkpoint import Checkpoints, restore
 from training.config import BatchConfig, ModelConfig, OptimizerConfig, TrainConfig, identity
 from training.errors import ConfigError
-from training.mesh import _SUMS_BESIDE_BACKWARD, ONE_DEVICE, Layout, make_layout
+from training.mesh import ONE_DEVICE, Layout, make_layout
 from training.optimizer import make_optimizer
 from training.step import evaluation_params, init_state, make_evaluation_step, make_train_step, structure_of
 
@@ -122,16 +121,6 @@ def test_context(on_one_device):
 
 def test_pmap(on_one_device):
     assert_same_training(trained(layout_of("data=4", "pmap")), on_one_device)
-
-
-def test_jax_knows_the_options_for_gpus():
-    options = _SUMS_BESIDE_BACKWARD
-    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2  # it refuses what it does not know
-    gpu = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="gpu")]))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", lambda step, **given: given)
-        assert Layout(cast(Any, gpu)).compiled(len) == {"donate_argnums": 0, "compiler_options": options}
-        assert ONE_DEVICE.compiled(len) == {"donate_argnums": 0, "compiler_options": None}
 
 
 def assert_same_training(got, expected):

@@ -42,14 +42,6 @@ _DIVISION = {
     "down/kernel": ("tensor", "fsdp"),
 }
 
-# Gradients of a block can be summed over GPUs while those of the blocks before it are computed. XLA would join all
-# blocks' into sums of 30 MB or more, have one sum at a time, and begin it when little is left to compute. A block of
-# the paper's model is 13 MB in bfloat16; wider ones are summed matrix by matrix.
-_SUMS_BESIDE_BACKWARD = {
-    "xla_gpu_all_reduce_combine_threshold_bytes": 14_000_000,
-    "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
-}
-
 
 class Layout(NamedTuple):
     """Where the arrays of a run lie.
@@ -94,8 +86,7 @@ class Layout(NamedTuple):
         """A jitted training step, which consumes its state."""
         if self.pmap:
             return jax.pmap(step, "data", in_axes=(None, 1), out_axes=None, donate_argnums=0)
-        on_gpus = self.mesh is not None and self.mesh.devices.flat[0].platform == "gpu"
-        return jax.jit(step, donate_argnums=0, compiler_options=_SUMS_BESIDE_BACKWARD if on_gpus else None)
+        return jax.jit(step, donate_argnums=0)
 
     def mean[T](self, tree: T) -> T:
         """Inside a step: of what the devices found. By `jit` they are one program, which has found it for all."""
