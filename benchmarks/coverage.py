@@ -52,13 +52,18 @@ def main() -> None:
     lengths = (QUICK_LENGTH,) if args.quick else args.lengths or (GPU_LENGTHS if platform == "gpu" else CPU_LENGTHS)
     samples = QUICK_SAMPLES if args.quick else SAMPLES
     settings = [setting for setting in SETTINGS if setting.name in args.settings]
+    sources: list[tuple[str, Callable[..., Vectors]]] = [
+        (kind, functools.partial(drawn, kind)) for kind in args.vectors
+    ]
+    if args.checkpoint is not None:
+        sources.append(("trained", of_run(args.checkpoint, args.layer)))
     result: dict[str, Any] = {"environment": environment(), "coverage": [], "speed": []}
     path = args.out or (None if args.quick else RESULTS / f"coverage-{platform}.json")
     with written(result, path) as keep:
         print(HEADER)
-        for name, source in _sources(args):
+        for name, source in sources:
             for length in lengths:
-                vectors = source(length)
+                vectors = source(length, heads=args.heads)
                 for setting in settings:
                     for record in _covered(setting, vectors, length, args.rounds, samples):
                         result["coverage"].append({"vectors": name, **record})
@@ -92,13 +97,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=5, help="samples of which the median time is taken")
     parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/coverage-PLATFORM.json")
     return parser.parse_args()
-
-
-def _sources(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[int], Vectors]]]:
-    for kind in args.vectors:
-        yield kind, functools.partial(drawn, kind, heads=args.heads)
-    if args.checkpoint is not None:
-        yield "trained", functools.partial(of_run, args.checkpoint, args.layer, heads=args.heads)
 
 
 def _covered(

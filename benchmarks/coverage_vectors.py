@@ -4,8 +4,9 @@ Keys are the queries normalised, per head, as in models that share them.
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,9 @@ from selection import Shape as Shape  # which finds the packages beside this fol
 from sparse_flash_jax.flax.heads import place
 from sparse_flash_jax.flax.shared_keys import normalise
 from training.data import load_corpus
+from training.errors import CheckpointError, DataError
 from training.step import evaluation_key
-from training.trained import load_trained
+from training.trained import Trained, load_trained
 
 HEAD_DIM = 64
 CENTRES = 64
@@ -65,33 +67,36 @@ def _head(kind: str, length: int, number: int) -> Float[Array, "T H"]:
     return jnp.asarray(own + common, jnp.float32)
 
 
-@functools.lru_cache(maxsize=1)
-def _trained(run: Path) -> Any:
-    return load_trained(run)
-
-
-def of_run(run: Path, layer: int | None, length: int, heads: int) -> Vectors:
-    """Returns the queries of a layer of a trained run, over the beginning of its held-out text.
+def of_run(run: Path, layer: int | None) -> Callable[[int, int], Vectors]:
+    """Returns a function of tokens and heads: the queries of a layer of a trained run, over the beginning of its text.
 
     Args:
         run: a run's folder, or one checkpoint in it.
         layer: its number; None for the one in the middle.
-        length: tokens.
-        heads: how many of the first heads.
+
+    The function has those of the first heads, over the held-out text.
 
     Raises:
-        SystemExit: if its keys are not shared, or there are too few tokens, layers or learned positions.
+        SystemExit: if there is no such run, its keys are not shared, or it has no such layer; of the function, if it
+            has too few tokens or learned positions.
     """
-    trained = _trained(run)
-    model, config = trained.model, trained.config
-    if not config.model.shared_qk:
+    try:
+        trained = load_trained(run)
+    except (CheckpointError, DataError) as error:
+        raise SystemExit(str(error)) from None
+    last = len(trained.model.blocks) - 1
+    if not trained.config.model.shared_qk:
         raise SystemExit(f"{run} has keys of its own: coverage is of models with --model.shared-qk")
-    layer = len(model.blocks) // 2 if layer is None else layer
-    if not 0 <= layer < len(model.blocks):
-        raise SystemExit(f"{run} has layers 0 to {len(model.blocks) - 1}, not {layer}")
+    if layer is not None and not 0 <= layer <= last:
+        raise SystemExit(f"{run} has layers 0 to {last}, not {layer}")
+    return functools.partial(_of_trained, trained, (last + 1) // 2 if layer is None else layer)
+
+
+def _of_trained(trained: Trained, layer: int, length: int, heads: int) -> Vectors:
+    model, config = trained.model, trained.config
     tokens = load_corpus(config.data, trained.tokenizer, config.batch.length).held_out.tokens[:length]
     if len(tokens) < length:
-        raise SystemExit(f"the held-out text of {run} has {len(tokens)} tokens, fewer than {length}")
+        raise SystemExit(f"the held-out text of {trained.checkpoint} has {len(tokens)} tokens, fewer than {length}")
 
     @jax.jit
     def queries(model, tokens, key):

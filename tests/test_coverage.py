@@ -85,3 +85,9 @@ def test_drawn_vectors_go_on_as_they_begin(counts):
         np.testing.assert_array_equal(short.q, long.q[:, :20])
         np.testing.assert_allclose(jnp.linalg.norm(long.k, axis=-1), 1, rtol=1e-5)
     assert jax.numpy.abs(vectors.drawn("skewed", 400, 1).q.mean(axis=1)).mean() > 0.5
+
+
+def test_queries_of_a_run_that_is_not_there(counts, tmp_path):
+    vectors = importlib.import_module("coverage_vectors")
+    with pytest.raises(SystemExit, match=f"no run in {tmp_path}"):  # before anything is counted
+        vectors.of_run(tmp_path, None)
