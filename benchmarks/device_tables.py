@@ -9,8 +9,10 @@ from markdown_table import markdown, or_dash
 from pattern_names import words
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SCALED = ("scaling-gpu.json", "scaling-gpu-others.json")
-DIVIDED = ("context-gpu.json", "context-gpu-four.json")
+SCALED = "scaling-gpu.json"
+DIVIDED = ("context-gpu.json", "context-gpu-four.json", "context-gpu-four-64k.json")
+SUM_BYTES = "xla_gpu_all_reduce_combine_threshold_bytes"
+SUMS_TOGETHER = "xla_gpu_experimental_parallel_collective_overlap_limit"
 WAYS = ("ring, in order", "ring, zigzag", "gather, in order", "gather, zigzag")
 
 
@@ -21,9 +23,10 @@ def device_tables() -> dict[str, str]:
 
 def _scaling() -> str:
     """Training steps over meshes, each beside one device of the same run."""
-    results = [_load(name) for name in SCALED]
-    rows = [["attention", "tokens a device", "mesh", "ms a step", "tokens/s", "efficiency", "memory a device"]]
-    for step in (step for result in results for step in result["steps"]):
+    result = _load(SCALED)
+    titles = ["attention", "tokens a device", "mesh", "gradients are summed", "ms a step", "tokens/s", "efficiency"]
+    rows = [[*titles, "memory a device"]]
+    for step in result["steps"]:
         if step["devices"] == 1:
             continue
         rows.append(
@@ -31,13 +34,22 @@ def _scaling() -> str:
                 words(step["attention"]),
                 str(step["batch"] * step["length"] // step["devices"]),
                 step["mesh"] + (", pmap" if step["parallel"] == "pmap" else ""),
+                _sums(step.get("compiler_options", {})),
                 f"{1e3 * step['seconds']['median']:.1f}",
                 f"{step['tokens_per_second'] / 1e3:.0f} k",
-                f"{step['efficiency']:.2f}",
+                f"{step['efficiency']:.3f}",
                 f"{step['memory_bytes']['peak'] / 2**30:.1f} GiB",
             ]
         )
-    return f"{markdown(rows)}\n\n{source(*(result['environment'] for result in results))}."
+    return f"{markdown(rows)}\n\n{source(result['environment'])}."
+
+
+def _sums(options: dict[str, int]) -> str:
+    """How XLA is told to sum gradients."""
+    if not options:
+        return "XLA's way"
+    most, together = options[SUM_BYTES], options[SUMS_TOGETHER]
+    return f"{most / 1e6:.0f} MB, {together} at a time"
 
 
 def _divided_sequences() -> str:
@@ -54,16 +66,10 @@ def _divided_sequences() -> str:
 
 
 def _ways(results: list[dict[str, Any]]) -> dict[tuple[int, int, int], dict[str, float]]:
-    """Seconds by way, by length, buckets and devices; of runs over more than two devices the longest length alone.
-
-    Shorter calls there were timed while other processes compiled, and waited for the host.
-    """
+    """Seconds by way, by length, buckets and devices."""
     found: dict[tuple[int, int, int], dict[str, float]] = {}
     for result in results:
-        longest = max(case["length"] for case in result["cases"])
         for case in result["cases"]:
-            if result["devices"] > 2 and case["length"] < longest:
-                continue
             times = found.setdefault((case["length"], case["buckets"], result["devices"]), {})
             times["one device"] = case["seconds"]["one_device"]["median"]
             times[f"{case['exchange']}, {case['layout']}"] = case["seconds"]["forward_backward"]["median"]
