@@ -9,6 +9,7 @@ from language_runs import GROUPS, Run
 from markdown_table import markdown, or_dash
 
 DENSE = "dense-own-keys"
+TEXTS = {"enwik8": "enwik8", "eltec": "novels"}
 
 
 def language_tables(folder: Path = RESULTS) -> dict[str, str]:
@@ -17,6 +18,8 @@ def language_tables(folder: Path = RESULTS) -> dict[str, str]:
     tables = {}
     if chosen := [curves[run] for run in GROUPS["choices"] if run in curves]:
         tables["language-models"] = f"{_choices(chosen)}\n\n{source(*(curve.environment for curve in chosen))}."
+    if paper := [curves[run] for run in GROUPS["paper"] if run in curves]:
+        tables["paper"] = f"{_paper(paper)}\n\n{source(*(curve.environment for curve in paper))}."
     if beside := [curves[run] for run in GROUPS["reformer"] if run in curves]:
         tables["reformer"] = f"{_beside_reformer(beside)}\n\n{source(*(curve.environment for curve in beside))}."
     if pairs := headline_pairs(curves):
@@ -52,6 +55,28 @@ def _choices(curves: list[Curve]) -> str:
                 or_dash(curve.peak_bytes and curve.peak_bytes / 2**30, "{:.1f} GiB"),
             ]
         )
+    return markdown(rows)
+
+
+def by_text(curves: list[Curve]) -> dict[str, list[Curve]]:
+    """Curves by text and length, as a reader has these."""
+    found: dict[str, list[Curve]] = {}
+    for curve in curves:
+        found.setdefault(f"{TEXTS[curve.run.text]}, {curve.run.length // 1024}k tokens", []).append(curve)
+    return found
+
+
+def _paper(curves: list[Curve]) -> str:
+    """The paper's kinds, a row for each, with two columns for each text and length."""
+    texts = {title: {curve.run.kind: curve for curve in shown} for title, shown in by_text(curves).items()}
+    rows = [["layers", *(f"{title}: {what}" for title in texts for what in ("loss, nats a byte", "tokens/s"))]]
+    for kind in dict.fromkeys(curve.run.kind for curve in curves):
+        found = [of_kind.get(kind) for of_kind in texts.values()]
+        pairs = (
+            ("-", "-") if curve is None else (f"{curve.final['loss']:.3f}", f"{curve.tokens_per_second() / 1e3:.0f} k")
+            for curve in found
+        )
+        rows.append([kind.words, *(cell for pair in pairs for cell in pair)])
     return markdown(rows)
 
 

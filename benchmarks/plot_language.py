@@ -11,7 +11,7 @@ import numpy as np
 from figures import INK, draw_from, entry, figure_of, finish, finish_figure, legend
 from language_results import RESULTS, Curve, load_curves, sooner
 from language_runs import GROUPS
-from language_tables import headline_pairs
+from language_tables import by_text, headline_pairs
 
 SPARSE, DENSE = "#0072B2", INK
 SHARED, OWN = "#D55E00", SPARSE  # Okabe and Ito
@@ -28,7 +28,7 @@ def draw_language(data: Path, folder: Path) -> list[Path]:
     """Writes those figures into a folder of which there are results, and returns their paths."""
     curves = load_curves(data)
     chosen = [curves[run] for run in GROUPS["choices"] if run in curves]
-    paper = [curve for curve in chosen if curve.run.attention in PAPER_COLOURS]
+    paper = [curves[run] for run in GROUPS["paper"] if run in curves]
     figures: dict[Path, tuple[Callable[[Path, list[Any]], None], list[Any]]] = {
         folder / HEADLINE: (_draw_headline, headline_pairs(curves)),
         folder / PAPER: (_draw_paper, paper),
@@ -86,22 +86,27 @@ def _draw_sooner(ax: Any, pairs: list[tuple[Curve, Curve]]) -> None:
 
 
 def _draw_paper(path: Path, curves: list[Curve]) -> None:
-    """Loss by step and by time, a line for each of the paper's kinds."""
-    figure = figure_of(10.4, 4.6)
-    axes = figure.subplots(1, 2, sharey=True)
-    for curve in curves:
-        look = {"color": PAPER_COLOURS[curve.run.attention], "linewidth": 1.8, "marker": "o", "markersize": 3}
-        steps = sorted(curve.held_out)
-        losses = [curve.held_out[step] for step in steps]
-        axes[0].plot(steps, losses, label=curve.run.kind.words, **look)
-        axes[1].plot([curve.seconds_at(step) for step in steps], losses, **look)
-    axes[0].set_xlabel("step", color=INK)
-    axes[1].set_xlabel("seconds of training", color=INK)
-    axes[0].set_ylabel("held-out loss, nats a byte", color=INK)
-    for ax in axes:
-        finish(ax)
-    legend(figure, axes[0].get_lines(), *(curve.environment for curve in curves), ncols=4)
-    finish_figure(figure, f"The paper's kinds at {curves[0].run.length // 1024}k tokens, keys shared", path)
+    """Loss by step and by time, a column for each text and length, a line for each of the paper's kinds."""
+    of_text = by_text(curves)
+    figure = figure_of(10.4, 7.2)
+    by_step, by_time = figure.subplots(2, len(of_text), sharex="row", sharey=True, squeeze=False)
+    for top, bottom, (title, shown) in zip(by_step, by_time, of_text.items(), strict=True):
+        for curve in shown:
+            look = {"color": PAPER_COLOURS[curve.run.attention], "linewidth": 1.6, "marker": "o", "markersize": 2.5}
+            steps = sorted(curve.held_out)
+            losses = [curve.held_out[step] for step in steps]
+            top.plot(steps, losses, label=curve.run.kind.words, **look)
+            bottom.plot([curve.seconds_at(step) for step in steps], losses, **look)
+        top.set_title(title, color=INK)
+        top.set_xlabel("step", color=INK)
+        bottom.set_xlabel("seconds of training", color=INK)
+        finish(top)
+        finish(bottom)
+    for ax in (by_step[0], by_time[0]):
+        ax.set_ylabel("held-out loss, nats a byte", color=INK)
+    most = max(by_step, key=lambda ax: len(ax.get_lines()))
+    legend(figure, most.get_lines(), *(curve.environment for curve in curves), ncols=4)
+    finish_figure(figure, "The paper's kinds, keys shared", path)
 
 
 def _draw_choices(path: Path, curves: list[Curve]) -> None:

@@ -26,7 +26,7 @@ PAGES = {
     "docs/patterns.md": ("patterns",),
     "docs/devices.md": ("scaling", "divided-sequences"),
     "docs/results.md": (
-        *("sooner", "language-models", "speed-up", "end-to-end", "sweeps", "sweeps-paper", "reformer", "blocks"),
+        *("sooner", "paper", "language-models", "speed-up", "end-to-end", "sweeps", "sweeps-paper", "reformer", "blocks"),
         "training-step",
     ),
 }
