@@ -113,6 +113,15 @@ def test_figures_and_tables(modules, tmp_path):
     tables = modules["language_tables"].language_tables(tmp_path)
     assert "| 16 buckets | shared | 1.000 | 1.000 | 655 k | 1.00x | 0.375 | 1.0 GiB |" in tables["language-models"]
     assert tables["sooner"].count("1.0x |") == 2
+    _write(tmp_path, modules, "qk50", 5.0, [3.0, 2.5, 1.5, 1.0])
+    tables = modules["language_tables"].language_tables(tmp_path)
+    assert (
+        "| layers | enwik8, 8k tokens: loss, nats a byte | enwik8, 8k tokens: tokens/s | enwik8, 16k" in tables["paper"]
+    )
+    assert (
+        "| 16 buckets | 1.000 | 655 k | 1.000 | 655 k |\n| 50 % of q and k dropped | 1.000 | 655 k | - | - |"
+        in tables["paper"]
+    )
 
 
 def test_what_was_not_measured_is_left_out(modules, tmp_path):
@@ -124,7 +133,7 @@ def test_what_was_not_measured_is_left_out(modules, tmp_path):
     drawn = [path.name for path in draw(tmp_path, tmp_path)]
     assert drawn == ["language-paper.png", "language-choices.png"]
     made = tables(tmp_path)
-    assert made.keys() == {"language-models"}
+    assert made.keys() == {"paper", "language-models"}
     assert "| 50 % of q and k dropped | shared | 1.000 | 1.000 | 655 k | - | 0.375 |" in made["language-models"]
 
 
