@@ -1,5 +1,6 @@
 """Sequences divided over devices: the numbers of one device, by either exchange, and only keys travel."""
 
+import dataclasses
 import re
 from typing import Any, Literal, NamedTuple
 
@@ -283,6 +284,23 @@ def test_saved_residuals_spare_the_backward_pass_the_ring():
     # k, v, and buckets, positions and number of keys round the ring; back with them dk and dv, which go once more at
     # the last part, and home.
     assert sent == 5 + (5 + 2) + 2 + 2
+
+
+@needs_eight_devices
+@pytest.mark.parametrize(
+    ("exchange", "once"), [("ring", ["_forward", "_backward"]), ("gather", ["_attend", "_backward"])]
+)
+def test_layers_alike_are_lowered_once(exchange, once):
+    setting = Setting(exchange, (1, 1, 8))
+    context = dataclasses.replace(setting.context, mesh=setting.mesh)
+
+    def layers(q, k, v):
+        for _ in range(2):
+            q = jnp.sin(sfj.context_attention(q, k, v, sfj.Tokens(), context))
+        return jnp.sum(q)
+
+    text = jax.jit(jax.grad(layers)).lower(*drawn()[:3]).as_text()
+    assert sorted(re.findall(r"func private @(_forward|_attend|_backward)", text)) == sorted(once)
 
 
 @needs_eight_devices

@@ -103,6 +103,7 @@ def _attention(ring, q, k, v, queries, keys):
     return _forward(ring, q, k, v, queries, keys)[0]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _forward(ring, q, k, v, queries, keys):
     rows, orders = ring.row_kernels(), _orders(ring, queries, keys)
     moved = to_slots((q, k, v), (orders[0], orders[1], orders[1]), rows, whole_slots(ring.implementation))
@@ -127,6 +128,7 @@ def _forward(ring, q, k, v, queries, keys):
     return (o, lse_by_position, pairs), (q, k, v, queries, keys, o, lse)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(ring, residuals, cotangents):
     (q, k, v, queries, keys, o, lse), (do, dlse, _) = vary_alike((residuals, cotangents))
     rows, orders = ring.row_kernels(), _orders(ring, queries, keys)
