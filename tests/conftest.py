@@ -35,12 +35,16 @@ def pytest_configure(config):
         # What runs for milliseconds is long to compile; processes that tests start do as these.
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         jax.config.update("jax_disable_most_optimizations", True)
-    # Compiling is most of the time that the tests take, and workers compile much the same.
+    # Compiling is most of the time that the tests take; workers, and processes that tests start, compile much the same.
     if getattr(config, "cache", None) is None:
         return
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    for name, value in {
+        "jax_compilation_cache_dir": str(config.cache.mkdir("jax")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
     # An entry that another worker is just writing reads as broken; it is then compiled here.
     config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache")
 

@@ -75,15 +75,15 @@ SMALL = [
         for b, n, k in [_AXES.get(case.pattern.name, (1, 2, 1))]
     ),
     *(
-        BY_NAME[name].in_16_bits()
-        for name in (
-            "B1-T1-N1-H1-causal-f32",
-            "B1-T1-S64-N2-K1-H8-causal_offset_63-f32",
-            "B1-T40-S70-N3-H48-hash4-f32",
-            "B1-T70-S40-N3-H48-hash4-f32",
-            "B1-T33-N6-K3-H96-qk50-f32",
-            "B1-T33-N4-K1-H256-hash4-f32",
-            "B1-T300-S270-N2-H16-hash2-f32",
+        dataclasses.replace(case, shape=case.shape._replace(N=min(case.shape.N, 2), K=1)).in_16_bits()
+        for case in (
+            BY_NAME["B1-T1-N1-H1-causal-f32"],
+            BY_NAME["B1-T1-S64-N2-K1-H8-causal_offset_63-f32"],
+            BY_NAME["B1-T40-S70-N3-H48-hash4-f32"],
+            BY_NAME["B1-T70-S40-N3-H48-hash4-f32"],
+            BY_NAME["B1-T33-N6-K3-H96-qk50-f32"],
+            BY_NAME["B1-T33-N4-K1-H256-hash4-f32"],
+            BY_NAME["B1-T300-S270-N2-H16-hash2-f32"],
         )
     ),
 ]
@@ -110,7 +110,7 @@ def test_row_buffers_are_used_again():
 
 def test_dq_summed_by_dkv_under_vmap():
     """Mapped, the kernel is one launch: the mapped axis is in the batch."""
-    case = Case(Shape(B=2, T=130, N=2, K=1, H=16), Pattern("causal"), "bfloat16")
+    case = Case(Shape(B=2, T=130, N=1, H=16), Pattern("causal"), "bfloat16")
     q, k, v, do, _ = (jnp.swapaxes(x, 1, 2) for x in case.inputs())
     row, runs = jnp.ones(q.shape[:3], jnp.float32), sfj.causal(130).runs
     gradients = functools.partial(mosaic.backward, scale=0.25, config=CONFIGS["fused"])
@@ -150,8 +150,8 @@ def test_head_dims_that_fused_does_not_take(implementation):
 
 
 FUSED_CASES = [
-    Case(Shape(B=1, T=330, N=2, K=1, S=270, H=16), pattern, "float16")
-    for pattern in (Pattern("causal"), Pattern("bidirectional", kept(1.0, 1.0), causal=False))
+    Case(Shape(B=1, T=330, N=heads, K=1, S=270, H=16), pattern, "float16")
+    for heads, pattern in ((2, Pattern("causal")), (1, Pattern("bidirectional", kept(1.0, 1.0), causal=False)))
 ]
 
 
@@ -164,9 +164,11 @@ def test_dq_over_several_tiles_of_keys(case, shift):
     assert_within_budget(got, *judges(inputs, definition.visible(case)))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("head_dim", [48, 64, 96, 128, 192, 256])
-@pytest.mark.parametrize("long_runs", [False, True])
+# A kernel takes a second to lower: each choice of tiles once, the dtypes by turns.
+LOWERED = zip(itertools.product([48, 64, 96, 128, 192, 256], [False, True]), itertools.cycle(["bfloat16", "float16"]))
+
+
+@pytest.mark.parametrize(("head_dim", "long_runs", "dtype"), [(*tiles, dtype) for tiles, dtype in LOWERED])
 def test_kernels_lower_for_cuda(dtype, head_dim, long_runs):
     runs = jax.eval_shape(lambda: sfj.causal(300)).runs
     config = mosaic_config(head_dim, long_runs=long_runs)
@@ -174,7 +176,7 @@ def test_kernels_lower_for_cuda(dtype, head_dim, long_runs):
         assert "mosaic_gpu" in lowered(functools.partial(kernel, scale=0.1, config=config), *operands)
 
 
-@pytest.mark.parametrize("head_dim", [48, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [48, 128, 256])
 def test_kernels_that_write_by_position_lower_for_cuda(head_dim):
     runs = jax.eval_shape(lambda: sfj.causal(300)).runs
     config = mosaic_config(head_dim, long_runs=False)
@@ -219,8 +221,9 @@ def sloped(q, k, v, do, *_):
 
 
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("how", ["vmap", "shard_map"])
-@pytest.mark.parametrize("attend", [hashed, causally, sloped])
+@pytest.mark.parametrize(
+    ("attend", "how"), [(hashed, "vmap"), (hashed, "shard_map"), (causally, "vmap"), (sloped, "shard_map")]
+)
 def test_transformed_calls_lower_for_cuda(attend, how):
     operands = drawn("bfloat16")
     if how == "vmap":

@@ -105,8 +105,14 @@ def assert_as_on_one_device(function, operands, over, kind, *, moves=(), shape=(
 PLANNED = (planned_from_ids, hashed, dropped, chosen, packed, causal, sloped, in_rounds)
 
 
-@KINDS
-@pytest.mark.parametrize("function", PLANNED)
+# By automatic axes all; by explicit ones, which take the same way from `_shares` on, those that differ before it.
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        *((each, AxisType.Auto) for each in PLANNED),
+        *((each, AxisType.Explicit) for each in (hashed, chosen, in_rounds)),
+    ],
+)
 def test_nothing_moves(function, kind):
     got, parts = assert_as_on_one_device(function, arrays(8, 4), ("data", "tensor"), kind)
     for x, part in zip((got[0], *got[2:]), (parts[0], *parts[:3]), strict=True):

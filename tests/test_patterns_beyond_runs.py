@@ -89,8 +89,9 @@ def test_compiled(name, dtype):
     assert_within_budget(attend(drawn, plan_of(name)), *judges(drawn, CASES[name].visible))
 
 
-@pytest.mark.parametrize("name", ["blocks64_all", "sinks_all"])
-@pytest.mark.parametrize("head_dim", [64, 128, 192])
+@pytest.mark.parametrize(
+    ("name", "head_dim"), [("blocks64_all", 64), ("sinks_all", 64), ("blocks64_all", 192), ("sinks_all", 128)]
+)
 def test_kernels_lower_for_cuda(name, head_dim):
     runs = jax.eval_shape(plan_of(name)._replace).runs
     runs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), runs)

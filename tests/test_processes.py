@@ -23,7 +23,7 @@ TINY = [
     *("--model.layers", "3", "--model.width", "16", "--model.heads", "2", "--buckets", "4", "--rate", "0.3"),
     *("--attention", "dense", "hash", "qk", "--length", "32", "--batch-size", "4", "--log-every", "1", "-n", "100000"),
     *("--evaluation.every", "10", "--evaluation.windows", "2", "--evaluation.final-windows", "2"),
-    *("--evaluation.lengths", "16", "--sample.prompt", "4", "--sample.tokens", "4", "--checkpoint.every", "5"),
+    *("--sample.prompt", "4", "--checkpoint.every", "5"),
     *("--optimizer.warmup", "0.0001", "--optimizer.ema", "0.9", "--optimizer.non-finite", "skip"),
 ]
 
@@ -40,10 +40,9 @@ def start_two(folder, *options, of_second=()):
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # of what runs for milliseconds
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
     }
     together = ["--mesh", "fsdp=4", "--distributed.coordinator", f"localhost:{port}", "--distributed.processes", "2"]
-    together += ["--distributed.heartbeat", "20"]
+    together += ["--distributed.heartbeat", "20", "--evaluation.lengths", "16", "--sample.tokens", "4"]
     command = [sys.executable, "train.py", *arguments(folder, *options), *together, "--distributed.process"]
     return [
         subprocess.Popen([*command, *number], cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True)
@@ -68,7 +67,8 @@ def losses(out):
 def train_a_step(folder, *options):
     """In this process, on four devices: one step, for which the time limit leaves just time enough."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        assert train.main(arguments(folder, *options, "--mesh", "data=4", "--max-minutes", "0")) == 0
+        alone = ["--mesh", "data=4", "--max-minutes", "0", "--sample.tokens", "0"]
+        assert train.main(arguments(folder, *options, *alone)) == 0
 
 
 @pytest.mark.parametrize(

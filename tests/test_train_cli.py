@@ -459,8 +459,6 @@ def test_killed_and_resumed_is_the_unbroken_run(text, tmp_path):
 
     options = ("-n", "120", "--checkpoint.every", "20")
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    # What is compiled is the same each time.
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
     whole = run(*arguments(text, unbroken, *options))
     unfinished = broken / "checkpoints" / f"{checkpoint}.orbax-checkpoint-tmp"
     resume = arguments(text, broken, *options, "--resume")
@@ -468,13 +466,13 @@ def test_killed_and_resumed_is_the_unbroken_run(text, tmp_path):
         ((first_step, "nowhere", 0), arguments(text, broken, *options)),
         ((0, unfinished, touch), resume),
     ):
-        killed = run(*map(str, place), *given, program=("-c", KILLED), **cache)
+        killed = run(*map(str, place), *given, program=("-c", KILLED))
         _, errors = killed.communicate(timeout=300)
         assert killed.returncode == -signal.SIGKILL, errors
     assert steps_in(broken)[-1] == checkpoint - 20
     assert unfinished.exists() or touch == 1  # the first touch makes it
 
-    resumed = run(*resume, **cache)
+    resumed = run(*resume)
     for process in (whole, resumed):
         shown, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
