@@ -67,14 +67,15 @@ def _head(kind: str, length: int, number: int) -> Float[Array, "T H"]:
     return jnp.asarray(own + common, jnp.float32)
 
 
-def of_run(run: Path, layer: int | None) -> Callable[[int, int], Vectors]:
-    """Returns a function of tokens and heads: the queries of a layer of a trained run, over the beginning of its text.
+def of_run(run: Path, layer: int | None) -> Callable[..., Vectors]:
+    """Returns the queries of a layer of a trained run, over the beginning of its held-out text.
 
     Args:
         run: a run's folder, or one checkpoint in it.
         layer: its number; None for the one in the middle.
 
-    The function has those of the first heads, over the held-out text.
+    Returns:
+        A function of `length` and `heads`: those of so many tokens and of the first heads.
 
     Raises:
         SystemExit: if there is no such run, its keys are not shared, or it has no such layer; of the function, if it
@@ -84,12 +85,12 @@ def of_run(run: Path, layer: int | None) -> Callable[[int, int], Vectors]:
         trained = load_trained(run)
     except (CheckpointError, DataError) as error:
         raise SystemExit(str(error)) from None
-    last = len(trained.model.blocks) - 1
+    count = len(trained.model.blocks)
     if not trained.config.model.shared_qk:
         raise SystemExit(f"{run} has keys of its own: coverage is of models with --model.shared-qk")
-    if layer is not None and not 0 <= layer <= last:
-        raise SystemExit(f"{run} has layers 0 to {last}, not {layer}")
-    return functools.partial(_of_trained, trained, (last + 1) // 2 if layer is None else layer)
+    if layer is not None and not 0 <= layer < count:
+        raise SystemExit(f"{run} has layers 0 to {count - 1}, not {layer}")
+    return functools.partial(_of_trained, trained, count // 2 if layer is None else layer)
 
 
 def _of_trained(trained: Trained, layer: int, length: int, heads: int) -> Vectors:

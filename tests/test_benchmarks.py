@@ -235,7 +235,7 @@ for percent in (10, 50, 100):
 
 def test_scaling_compares_meshes_with_one_device(tmp_path):
     out = tmp_path / "scaling.json"
-    done = _run("scaling.py", "--quick", "--attention", "dense", "--meshes", "data=2", "--out", out, devices=2)
+    done = _run("scaling.py", "--quick", "--attention", "centred", "--meshes", "data=2", "--out", out, devices=2)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     _check_environment(result["environment"])

@@ -84,7 +84,7 @@ def test_whole_tiles_alone(lengths, head_dim, expected):
     assert not reads_in_place("xla", config, lengths, head_dim)
 
 
-@pytest.mark.parametrize(("head_dim", "listed"), [(128, False), (192, True)])
+@pytest.mark.parametrize(("head_dim", "listed"), [(128, False), (192, False), (192, True)])
 def test_kernels_lower_for_cuda(head_dim, listed):
     def by_position(x):
         batch, heads, length, *size = x.shape

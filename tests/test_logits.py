@@ -88,7 +88,7 @@ def test_compiled(soft_cap, sink, dtype):
     judged(case, sink, soft_cap, attend(case.inputs(), definition.plan(case), sink, soft_cap), dtype)
 
 
-@pytest.mark.parametrize("head_dim", [64, 192])
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
 def test_caps_lower_for_cuda(head_dim):
     assert_passes_lower(passes, head_dim, soft_cap=30.0)
 
