@@ -78,11 +78,12 @@ def of_run(run: Path, layer: int | None) -> Callable[..., Vectors]:
         A function of `length` and `heads`: those of so many tokens and of the first heads.
 
     Raises:
-        SystemExit: if there is no such run, its keys are not shared, or it has no such layer; of the function, if it
-            has too few tokens or learned positions.
+        SystemExit: if there is no such run, its text cannot be read, its keys are not shared, or it has no such layer;
+            of the function, if it has too few tokens or learned positions.
     """
     try:
         trained = load_trained(run)
+        text = load_corpus(trained.config.data, trained.tokenizer, trained.config.batch.length).held_out.tokens
     except (CheckpointError, DataError) as error:
         raise SystemExit(str(error)) from None
     count = len(trained.model.blocks)
@@ -90,12 +91,12 @@ def of_run(run: Path, layer: int | None) -> Callable[..., Vectors]:
         raise SystemExit(f"{run} has keys of its own: coverage is of models with --model.shared-qk")
     if layer is not None and not 0 <= layer < count:
         raise SystemExit(f"{run} has layers 0 to {count - 1}, not {layer}")
-    return functools.partial(_of_trained, trained, count // 2 if layer is None else layer)
+    return functools.partial(_of_trained, trained, text, count // 2 if layer is None else layer)
 
 
-def _of_trained(trained: Trained, layer: int, length: int, heads: int) -> Vectors:
+def _of_trained(trained: Trained, text: np.ndarray, layer: int, length: int, heads: int) -> Vectors:
     model, config = trained.model, trained.config
-    tokens = load_corpus(config.data, trained.tokenizer, config.batch.length).held_out.tokens[:length]
+    tokens = text[:length]
     if len(tokens) < length:
         raise SystemExit(f"the held-out text of {trained.checkpoint} has {len(tokens)} tokens, fewer than {length}")
 

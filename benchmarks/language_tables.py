@@ -16,12 +16,13 @@ def language_tables(folder: Path = RESULTS) -> dict[str, str]:
     """Returns each table by the name in its markers, but for those of which nothing has been measured."""
     curves = load_curves(folder)
     tables = {}
-    if chosen := [curves[run] for run in GROUPS["choices"] if run in curves]:
-        tables["language-models"] = f"{_choices(chosen)}\n\n{source(*(curve.environment for curve in chosen))}."
-    if paper := [curves[run] for run in GROUPS["paper"] if run in curves]:
-        tables["paper"] = f"{_paper(paper)}\n\n{source(*(curve.environment for curve in paper))}."
-    if beside := [curves[run] for run in GROUPS["reformer"] if run in curves]:
-        tables["reformer"] = f"{_beside_reformer(beside)}\n\n{source(*(curve.environment for curve in beside))}."
+    for name, group, table in (
+        ("language-models", "choices", _choices),
+        ("paper", "paper", _paper),
+        ("reformer", "reformer", _beside_reformer),
+    ):
+        if found := [curves[run] for run in GROUPS[group] if run in curves]:
+            tables[name] = f"{table(found)}\n\n{source(*(curve.environment for curve in found))}."
     if pairs := headline_pairs(curves):
         environments = [curve.environment for pair in pairs for curve in pair]
         tables["sooner"] = f"{_sooner(pairs)}\n\n{source(*environments)}."

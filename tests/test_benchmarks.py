@@ -79,7 +79,7 @@ def test_overheads_writes_import_and_plan_times(tmp_path):
 
 def test_density_writes_a_row_a_pattern(tmp_path):
     out = tmp_path / "density.json"
-    patterns = "hash1", "hash16", "hash64", "qk50", "qk80"
+    patterns = "causal", "hash1", "hash16", "hash64", "qk0", "qk50", "qk80"
     done = _run("density.py", "--quick", "--patterns", *patterns, "--out", out)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
@@ -87,7 +87,7 @@ def test_density_writes_a_row_a_pattern(tmp_path):
     assert _finite(result)
     densities = {case["case"].split("-")[-2]: case["density"] for case in result["cases"]}
     assert tuple(densities) == patterns
-    assert densities["hash1"] == 1
+    assert densities["hash1"] == densities["qk0"] == 1
     assert 0 < densities["qk80"] < densities["qk50"] < 0.5
     assert 0 < densities["hash64"] < densities["hash16"] < 0.1
     for case in result["cases"]:
@@ -105,20 +105,20 @@ def test_the_package_ships_what_was_measured(tmp_path):
 
 def test_train_step_compares_attention_in_one_model(tmp_path):
     out = tmp_path / "train-step.json"
-    kinds = ("none", "dense", "causal", "hash")
+    kinds = ("none", "dense", "causal", "hash", "centred")
     done = _run("train_step.py", "--quick", "--attention", *kinds, "--buckets", 8, "--out", out)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     _check_environment(result["environment"])
     assert _finite(result)
     steps = {step["attention"]: step for step in result["steps"]}
-    assert list(steps) == ["none", "dense", "causal", "hash8"]
+    assert list(steps) == ["none", "dense", "causal", "hash8", "centred8"]
     dense, sparse = steps["dense"], steps["hash8"]
     assert len({step["parameters"] for step in steps.values()}) == 1
 
     # One loss where the mask is one, another where it is not.
     assert math.isclose(dense["loss"]["first"], steps["causal"]["loss"]["first"], rel_tol=1e-5)
-    assert len({round(steps[name]["loss"]["first"], 4) for name in ("none", "dense", "hash8")}) == 3
+    assert len({round(steps[name]["loss"]["first"], 4) for name in ("none", "dense", "hash8", "centred8")}) == 4
     assert all(step["loss"]["last"] < step["loss"]["first"] for step in steps.values())
 
     # 2 blocks of shared q and k: q, v, out and 8 for the MLP, of width 64; 128 tokens; 256 of them, one sequence.

@@ -16,21 +16,18 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS not in (2, 4), reason="ne
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("function", PLANNED)
 def test_nothing_moves(function, dtype):
-    assert_as_on_one_device(
-        function, in_dtype(dtype, arrays(8, 4)), ("data", "tensor"), AxisType.Auto, shape=(2, GPUS // 2)
-    )
+    assert_as_on_one_gpu(function, dtype, arrays(8, 4))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_one_key_head_for_all(dtype):
-    moves = ["all-reduce"] if GPUS == 4 else []
-    assert_as_on_one_device(
-        hashed, in_dtype(dtype, arrays(4, 1)), ("data", "tensor"), AxisType.Auto, moves=moves, shape=(2, GPUS // 2)
-    )
+    assert_as_on_one_gpu(hashed, dtype, arrays(4, 1), moves=["all-reduce"] if GPUS == 4 else [])
 
 
-def in_dtype(dtype, operands):
-    return [x.astype(dtype) if x.dtype == jnp.float32 else x for x in operands]
+def assert_as_on_one_gpu(function, dtype, operands, **options):
+    operands = [x.astype(dtype) if x.dtype == jnp.float32 else x for x in operands]
+    over, shape = ("data", "tensor"), (2, GPUS // 2)
+    assert_as_on_one_device(function, operands, over, AxisType.Auto, shape=shape, **options)
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +35,11 @@ def on_one_gpu():
     return in_float32(ONE_DEVICE)
 
 
-@pytest.mark.parametrize("mesh", [f"data={GPUS}", f"fsdp={GPUS}", f"tensor={GPUS}", f"context={GPUS}"])
-def test_training(mesh, on_one_gpu):
-    assert_same_training(in_float32(layout_of(mesh)), on_one_gpu)
-
-
-def test_training_by_pmap(on_one_gpu):
-    assert_same_training(in_float32(layout_of(f"data={GPUS}", "pmap")), on_one_gpu)
+@pytest.mark.parametrize(
+    ("axis", "parallel"), [("data", "jit"), ("fsdp", "jit"), ("tensor", "jit"), ("context", "jit"), ("data", "pmap")]
+)
+def test_training(axis, parallel, on_one_gpu):
+    assert_same_training(in_float32(layout_of(f"{axis}={GPUS}", parallel)), on_one_gpu)
 
 
 def in_float32(layout):
