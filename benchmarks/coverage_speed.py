@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from passes import Call, memory_bytes
 from reformer import chunk_size, hash_rounds, reformer_attention
-from timing import measure
+from timing import alone, beside, measure
 
 from sparse_flash_jax.flax.heads import attend
 from sparse_flash_jax.flax.pattern import Hash
@@ -78,22 +78,25 @@ def speed_cases(
 def timed_cases(cases: list[SpeedCase], samples: int) -> Iterator[dict[str, Any]]:
     """Times forward + backward of each; all are compiled side by side before. One that cannot run says why."""
     with ThreadPoolExecutor() as threads:
-        compiled = [threads.submit(lambda call: (call.compile(), call.args), _call(case)) for case in cases]
+        compiled = [threads.submit(_compiled, _call(case)) for case in cases]
         for case, future in zip(cases, compiled, strict=True):
             record: dict[str, Any] = {"scheme": str(case), "length": case.length, "batch": _batch(case)}
             if case.setting is not None:
                 sizes = {"buckets": case.setting.buckets(case.length), "chunk": case.setting.chunk(case.length)}
                 record |= {"setting": case.setting.name, "rounds": case.rounds, **sizes}
             try:
-                future.result()
-                for other in compiled:  # nothing is timed while something compiles
-                    other.exception()
                 call, args = future.result()
-                record["seconds"] = measure(call, *args, samples=samples)._asdict()
+                with alone():
+                    record["seconds"] = measure(call, *args, samples=samples)._asdict()
                 record["memory_bytes"] = memory_bytes(call)
             except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # out of memory
                 record["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             yield record
+
+
+def _compiled(call: Call) -> tuple[jax.stages.Compiled, tuple[Any, ...]]:
+    with beside():
+        return call.compile(), call.args
 
 
 def _batch(case: SpeedCase) -> int:
