@@ -101,11 +101,11 @@ class TransformerConfig:
         over = self.stream.spec[0] or ()
         return math.prod(self.stream.mesh.shape[axis] for axis in ((over,) if isinstance(over, str) else over))
 
-    def laid_out[Ids: jax.Array | None](self, ids: Ids) -> Ids:
-        """What belongs to tokens [B T], which come in order, in the order of the rows that the model works on."""
-        if ids is None or self.context is None or not self.context.zigzag:
-            return ids
-        return to_zigzag(ids, self.parts)
+    def laid_out[Rows: jax.Array | None](self, rows: Rows) -> Rows:
+        """What belongs to tokens, [B T ...] and in order, in the order of the rows that the model works on."""
+        if rows is None or self.context is None or not self.context.zigzag:
+            return rows
+        return to_zigzag(rows, self.parts)
 
     @property
     def padded_vocab(self) -> int:
@@ -221,12 +221,7 @@ class Transformer(nnx.Module):
         Raises:
             ValueError: if the sequence is longer than the learned positions.
         """
-        positions = None
-        if self.config.context is not None:
-            self.check_length(tokens.shape[1])
-            layout = self.config.context.layout(tokens.shape[1], self.config.parts)
-            positions = jnp.broadcast_to(jnp.asarray(layout.positions())[None], tokens.shape)
-        x = self._placed(self.embed(tokens, positions))
+        x = self._placed(self.embed(tokens))
         stats = []
         run = _remat(self.config.remat)
         for number, block in enumerate(self.blocks):
@@ -244,15 +239,17 @@ class Transformer(nnx.Module):
             )
 
     def embed(self, tokens: Int32[Array, "B T"], positions: Int32[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
-        """What enters the first block, for tokens at positions 0..T-1 or at these."""
+        """What enters the first block, for tokens as `TransformerConfig.laid_out` has them, or at these positions."""
         x = self.embedding[...][tokens]
         if self.positions is not None:
-            if positions is None:
-                self.check_length(tokens.shape[1])
-                x = x + self.positions[...][None, : tokens.shape[1]]
-            else:
-                x = x + self.positions[...][positions]
+            x = x + (self._positions_laid_out(tokens.shape[1]) if positions is None else self.positions[...][positions])
         return x.astype(self.config.dtype)
+
+    def _positions_laid_out(self, length: int) -> Float[Array, "1 T D"]:
+        self.check_length(length)
+        # By slices. Of rows that are taken by number, XLA on GPUs loses half of the gradient where it is summed over
+        # micro-batches (JAX 0.11.2, openxla/xla#49143).
+        return self.config.laid_out(self.positions[...][None, :length])
 
     def last(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """What leaves the last block, as `logits` takes it."""

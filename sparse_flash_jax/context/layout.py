@@ -109,8 +109,8 @@ def sees(rule: Rule, queries: Part, keys: Part) -> np.ndarray:
 def to_zigzag[Rows: (jax.Array, np.ndarray)](x: Rows, parts: int, axis: int = 1) -> Rows:
     """Returns an array of a whole sequence with its chunks as a zigzag has them, to be divided over devices in order.
 
-    Of token ids that is cheap, and all that follows keeps their order. Rotary or learned positions are then those of
-    `zigzag_positions`.
+    Of token ids that is cheap, and all that follows keeps their order. Rotary positions are then those of
+    `zigzag_positions`; a table of learned ones goes through this function, too.
 
     Args:
         x: an array of JAX or numpy whose `axis` is the sequence, in order.
