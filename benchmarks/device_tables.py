@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from environment import source
+from environment import device_in_a_word, source
 from markdown_table import markdown, or_dash
 from pattern_names import words
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SCALED = "scaling-gpu.json"
+SCALED = ("scaling-gpu.json", "scaling-gpu-two-h100.json")
 DIVIDED = ("context-gpu.json", "context-gpu-four.json", "context-gpu-four-64k.json")
 SUM_BYTES = "xla_gpu_all_reduce_combine_threshold_bytes"
 SUMS_TOGETHER = "xla_gpu_experimental_parallel_collective_overlap_limit"
@@ -23,14 +23,15 @@ def device_tables() -> dict[str, str]:
 
 def _scaling() -> str:
     """Training steps over meshes, each beside one device of the same run."""
-    result = _load(SCALED)
-    titles = ["attention", "tokens a device", "mesh", "gradients are summed", "ms a step", "tokens/s", "efficiency"]
-    rows = [[*titles, "memory a device"]]
-    for step in result["steps"]:
+    results = [_load(name) for name in SCALED]
+    titles = ["devices", "attention", "tokens a device", "mesh", "gradients are summed", "ms a step", "tokens/s"]
+    rows = [[*titles, "efficiency", "memory a device"]]
+    for result, step in ((result, step) for result in results for step in result["steps"]):
         if step["devices"] == 1:
             continue
         rows.append(
             [
+                f"{step['devices']} {device_in_a_word(result['environment'])}",
                 words(step["attention"]),
                 str(step["batch"] * step["length"] // step["devices"]),
                 step["mesh"] + (", pmap" if step["parallel"] == "pmap" else ""),
@@ -41,7 +42,7 @@ def _scaling() -> str:
                 f"{step['memory_bytes']['peak'] / 2**30:.1f} GiB",
             ]
         )
-    return f"{markdown(rows)}\n\n{source(result['environment'])}."
+    return f"{markdown(rows)}\n\n{source(*(result['environment'] for result in results))}."
 
 
 def _sums(options: dict[str, int]) -> str:

@@ -46,6 +46,11 @@ def device(environment: dict[str, Any]) -> str:
     return environment["device"].removeprefix("1 x ")
 
 
+def device_in_a_word(environment: dict[str, Any]) -> str:
+    """Returns "H100" for "2 x NVIDIA H100 80GB HBM3"."""
+    return environment["device"].split(" x ", 1)[1].removeprefix("NVIDIA ").split()[0]
+
+
 def described(*environments: dict[str, Any]) -> str:
     """Returns on what results were measured: each device, JAX version and commit among their environments."""
     devices = _distinct(_machine(each) for each in environments)

@@ -1,9 +1,9 @@
 """Draws what Reformer's chunks cover, and what they cost, by length, beside exact buckets.
 
-python benchmarks/plot_coverage.py                 docs/coverage.png, from results/coverage-gpu.json or else of a CPU
-python benchmarks/plot_coverage.py --result FILE   from another result of coverage.py
+python benchmarks/plot_coverage.py                       docs/coverage.png, from results/coverage-gpu*.json
+python benchmarks/plot_coverage.py --result FILE [FILE]  from other results of coverage.py, if need be times in the second
 
-Where the result has no times, the last panel has the pairs that are computed.
+Where there are no times, the last panel has the pairs that are computed.
 """
 
 import argparse
@@ -11,10 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from environment import ROOT, device
+from environment import ROOT, device_in_a_word
 from figures import INK, by_length, entry, figure_of, finish, finish_figure, legend
 
 RESULTS = Path(__file__).resolve().parent / "results"
+MEASURED = [RESULTS / "coverage-gpu.json", RESULTS / "coverage-gpu-speed.json"]
 PICTURE = ROOT / "docs" / "coverage.png"
 OURS, DENSE = "#0072B2", "#777777"  # Okabe and Ito, and grey
 COLOURS = {"fixed": "#D55E00", "rule": "#E69F00", "growing": "#009E73"}
@@ -34,35 +35,33 @@ Records = list[dict[str, Any]]
 def main() -> None:
     """Draws."""
     parser = argparse.ArgumentParser(description="Draws coverage and time by length.")
-    parser.add_argument("--result", type=Path, help="JSON of coverage.py; default results/coverage-gpu.json, or -cpu")
+    parser.add_argument("--result", type=Path, nargs="+", default=MEASURED, help="JSON of coverage.py, and of its times")
     parser.add_argument("--out", type=Path, default=PICTURE, help="PNG or SVG; default docs/coverage.png")
     args = parser.parse_args()
-    measured = [RESULTS / "coverage-gpu.json", RESULTS / "coverage-cpu.json"]
-    path = args.result or next((path for path in measured if path.exists()), None)
-    if path is None:
-        parser.error("there is no result: run benchmarks/coverage.py")
-    draw(json.loads(path.read_text()), args.out)
-    print(f"written to {args.out}, from {path.name}")
+    draw([json.loads(path.read_text()) for path in args.result], args.out)
+    print(f"written to {args.out}, from {', '.join(path.name for path in args.result)}")
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Writes the figure."""
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Writes the figure, of the first result that has coverage and the first that has times."""
     figure = figure_of(13.2, 5.2)
     pairs, weights, cost = figure.subplots(1, 3)
-    coverage, on = result["coverage"], result["environment"]
+    counted = next(result for result in results if result["coverage"])
+    timed = next((result for result in results if result["speed"]), None)
+    coverage = counted["coverage"]
     _draw_pairs(pairs, coverage)
     kinds = {record["vectors"] for record in coverage}
     vectors = next((kind for kind in ("trained", "clusters") if kind in kinds), coverage[0]["vectors"])
     _draw_weights(weights, [record for record in coverage if record["vectors"] == vectors], vectors)
-    if result["speed"]:
-        _draw_times(cost, result["speed"], device(on))
+    if timed is not None:
+        _draw_times(cost, timed["speed"], device_in_a_word(timed["environment"]))
     else:
         _draw_computed(cost, [record for record in coverage if record["vectors"] == vectors])
-    for ax, measured in ((pairs, coverage), (weights, coverage), (cost, result["speed"] or coverage)):
+    for ax, measured in ((pairs, coverage), (weights, coverage), (cost, timed["speed"] if timed else coverage)):
         by_length(ax, sorted({record["length"] for record in measured}))
         ax.set_xlabel("tokens of a sequence", color=INK)
         finish(ax)
-    legend(figure, _entries(), on, ncols=3)
+    legend(figure, _entries(), *(each["environment"] for each in (counted, timed) if each), ncols=3)
     finish_figure(figure, "Exact buckets and Reformer's chunks, by length", path)
 
 
