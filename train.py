@@ -2,6 +2,7 @@
 """Train a sparse-attention model on text or pixels: config -> data -> model -> step -> loop -> evaluation -> sample."""
 
 import contextlib
+import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -295,7 +296,9 @@ def conclude(run: Run, state: TrainState, throughput: Throughput) -> None:
             say(f"no sample: {error}")
         speed = {"tokens_per_second": throughput.tokens_per_second, "training_seconds": throughput.seconds}
         run.metrics.write("end", done, reason=reason, **speed, peak_bytes=peak_bytes())
-        say(f"\ntraining loss {recent_mean(run.folder.metrics, 'loss'):.3f} nats a token (mean of the last records)")
+        logged = recent_mean(run.folder.metrics, "loss")
+        mean = f"{logged:.3f} nats a token (mean of the last records)"
+        say(f"\ntraining loss {'unknown: no finite one was logged' if math.isnan(logged) else mean}")
         others = [(f"held-out at {length:,} tokens:", result) for length, result in lengths.items()]
         for name, result in (("held-out", quality), *others, ("unigram ", baseline)):
             say(

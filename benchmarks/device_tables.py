@@ -26,12 +26,12 @@ def _scaling() -> str:
     results = [_load(name) for name in SCALED]
     titles = ["devices", "attention", "tokens a device", "mesh", "gradients are summed", "ms a step", "tokens/s"]
     rows = [[*titles, "efficiency", "memory a device"]]
-    for result, step in ((result, step) for result in results for step in result["steps"]):
+    for environment, step in ((each["environment"], step) for each in results for step in each["steps"]):
         if step["devices"] == 1:
             continue
         rows.append(
             [
-                f"{step['devices']} {device_in_a_word(result['environment'])}",
+                f"{step['devices']} {device_in_a_word(environment)}",
                 words(step["attention"]),
                 str(step["batch"] * step["length"] // step["devices"]),
                 step["mesh"] + (", pmap" if step["parallel"] == "pmap" else ""),

@@ -47,8 +47,9 @@ def device(environment: dict[str, Any]) -> str:
 
 
 def device_in_a_word(environment: dict[str, Any]) -> str:
-    """Returns "H100" for "2 x NVIDIA H100 80GB HBM3"."""
-    return environment["device"].split(" x ", 1)[1].removeprefix("NVIDIA ").split()[0]
+    """Returns "H100" for "2 x NVIDIA H100 80GB HBM3": the first word with a number, or else the whole name."""
+    name = environment["device"].split(" x ", 1)[1]
+    return next((word for word in name.split() if any(map(str.isdigit, word))), name)
 
 
 def described(*environments: dict[str, Any]) -> str:

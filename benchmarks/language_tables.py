@@ -74,21 +74,17 @@ def _paper(curves: list[Curve]) -> str:
     for kind in dict.fromkeys(curve.run.kind for curve in curves):
         found = [of_kind.get(kind) for of_kind in texts.values()]
         pairs = (
-            ("-", "-") if curve is None else (f"{curve.final['loss']:.3f}", _speed(curve) + _elsewhere(curve, curves[0]))
-            for curve in found
+            ("-", "-") if curve is None else (f"{curve.final['loss']:.3f}", _speed(curve, curves[0])) for curve in found
         )
         rows.append([kind.words, *(cell for pair in pairs for cell in pair)])
     return markdown(rows)
 
 
-def _speed(curve: Curve) -> str:
-    return f"{curve.tokens_per_second() / 1e3:.0f} k"
-
-
-def _elsewhere(curve: Curve, first: Curve) -> str:
-    """The device in brackets, if it is another than the first one's of a table."""
+def _speed(curve: Curve, first: Curve) -> str:
+    """Tokens a second, and the device in brackets if it is another than the first one's of a table."""
     device = device_in_a_word(curve.environment)
-    return "" if device == device_in_a_word(first.environment) else f" ({device})"
+    elsewhere = "" if device == device_in_a_word(first.environment) else f" ({device})"
+    return f"{curve.tokens_per_second() / 1e3:.0f} k{elsewhere}"
 
 
 def _beside_reformer(curves: list[Curve]) -> str:
@@ -103,7 +99,7 @@ def _beside_reformer(curves: list[Curve]) -> str:
                 f"{loss:.3f}",
                 f"{loss / math.log(2):.3f}",
                 f"{math.exp(loss):.3f}",
-                _speed(curve) + _elsewhere(curve, curves[0]),
+                _speed(curve, curves[0]),
                 or_dash(curve.peak_bytes and curve.peak_bytes / 2**30, "{:.1f} GiB"),
             ]
         )
@@ -122,6 +118,6 @@ def _sooner(pairs: list[tuple[Curve, Curve]]) -> str:
             ["-"] * 4 if met is None else [f"{met[0]:.3f}", *(f"{x:.0f} s" for x in met[1:]), f"{met[1] / met[2]:.1f}x"]
         )
         bits = [f"{curve.final['bits_per_byte']:.3f}" for curve in both]
-        speeds = [_speed(curve) + _elsewhere(curve, pairs[0][0]) for curve in both]
+        speeds = [_speed(curve, pairs[0][0]) for curve in both]
         rows.append([str(dense.run.length), str(dense.run.seed), *bits, *speeds, *at])
     return markdown(rows)

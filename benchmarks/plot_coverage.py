@@ -1,7 +1,7 @@
 """Draws what Reformer's chunks cover, and what they cost, by length, beside exact buckets.
 
 python benchmarks/plot_coverage.py                       docs/coverage.png, from results/coverage-gpu*.json
-python benchmarks/plot_coverage.py --result FILE [FILE]  from other results of coverage.py, if need be times in the second
+python benchmarks/plot_coverage.py --result FILE [FILE]  from other results of coverage.py; the second may have the times
 
 Where there are no times, the last panel has the pairs that are computed.
 """
@@ -35,7 +35,9 @@ Records = list[dict[str, Any]]
 def main() -> None:
     """Draws."""
     parser = argparse.ArgumentParser(description="Draws coverage and time by length.")
-    parser.add_argument("--result", type=Path, nargs="+", default=MEASURED, help="JSON of coverage.py, and of its times")
+    parser.add_argument(
+        "--result", type=Path, nargs="+", default=MEASURED, help="JSON of coverage.py, and of its times"
+    )
     parser.add_argument("--out", type=Path, default=PICTURE, help="PNG or SVG; default docs/coverage.png")
     args = parser.parse_args()
     draw([json.loads(path.read_text()) for path in args.result], args.out)

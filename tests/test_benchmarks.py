@@ -295,7 +295,10 @@ def test_coverage_counts_and_times_both_schemes(tmp_path):
     assert [speed["scheme"] for speed in result["speed"]] == ["dense", "reformer-fixed-1", "ours-fixed-1"]
     assert all(speed["seconds"]["median"] > 0 for speed in result["speed"])
 
-    picture = tmp_path / "coverage.png"
-    done = _run("plot_coverage.py", "--result", out, "--out", picture)
-    assert done.returncode == 0, done.stderr
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    picture, counted, timed = (tmp_path / name for name in ("coverage.png", "counted.json", "timed.json"))
+    counted.write_text(json.dumps(result | {"speed": []}))
+    timed.write_text(json.dumps(result | {"coverage": []}))
+    for results in ([counted], [counted, timed]):
+        done = _run("plot_coverage.py", "--result", *results, "--out", picture)
+        assert done.returncode == 0, done.stderr
+        assert picture.read_bytes().startswith(b"\x89PNG")

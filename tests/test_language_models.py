@@ -137,17 +137,20 @@ def test_what_was_not_measured_is_left_out(modules, tmp_path):
     assert "| 50 % of q and k dropped | shared | 1.000 | 1.000 | 655 k | - | 0.375 |" in made["language-models"]
 
 
-def test_figures_name_all_commits(modules, tmp_path, monkeypatch):
+def test_figures_and_tables_name_all_devices_and_commits(modules, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     for attention in ("dense-own-keys", "local-dense-own-keys"):
         run = _write(tmp_path, modules, attention, 5.0, [3.0, 2.5, 1.5, 1.0], 16_384)  # a length without `choices`
     path = tmp_path / f"{run}.jsonl"
-    path.write_text(path.read_text().replace("0123456789", "abcdefghij"))
+    elsewhere = path.read_text().replace("0123456789", "abcdefghij").replace("2 x a GPU", "2 x NVIDIA H100 80GB HBM3")
+    path.write_text(elsewhere)
     drawn = []
     monkeypatch.setattr(modules["plot_language"], "finish_figure", lambda figure, *_: drawn.append(figure))
     assert [path.name for path in modules["plot_language"].draw_language(tmp_path, tmp_path)] == ["language-models.png"]
     (named,) = drawn[0].legends
-    assert named.get_title().get_text() == "a GPU, jax 0.0, commits 0123456, abcdefg"
+    both = "a GPU and NVIDIA H100 80GB HBM3, jax 0.0, commits 0123456, abcdefg"
+    assert named.get_title().get_text() == both
     made = modules["language_tables"].language_tables(tmp_path)
     assert made.keys() == {"sooner"}
-    assert made["sooner"].endswith("on a GPU, jax 0.0, commits 0123456, abcdefg.")
+    assert "| 655 k | 655 k (H100) |" in made["sooner"]
+    assert made["sooner"].endswith(f"on {both}.")
