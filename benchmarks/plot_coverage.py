@@ -1,7 +1,7 @@
 """Draws what Reformer's chunks cover, and what they cost, by length, beside exact buckets.
 
 python benchmarks/plot_coverage.py                       docs/coverage.png, from results/coverage-gpu*.json
-python benchmarks/plot_coverage.py --result FILE [FILE]  from other results of coverage.py; the second may have the times
+python benchmarks/plot_coverage.py --result FILE [FILE]  from others of coverage.py; the second may have the times
 
 Where there are no times, the last panel has the pairs that are computed.
 """
