@@ -242,14 +242,14 @@ class Transformer(nnx.Module):
         """What enters the first block, for tokens as `TransformerConfig.laid_out` has them, or at these positions."""
         x = self.embedding[...][tokens]
         if self.positions is not None:
-            x = x + (self._positions_laid_out(tokens.shape[1]) if positions is None else self.positions[...][positions])
+            if positions is None:
+                self.check_length(tokens.shape[1])
+                # By slices. Of rows that are taken by number, XLA on GPUs loses half of the gradient where it is summed
+                # over micro-batches (JAX 0.11.2, openxla/xla#49143).
+                x = x + self.config.laid_out(self.positions[...][None, : tokens.shape[1]])
+            else:
+                x = x + self.positions[...][positions]
         return x.astype(self.config.dtype)
-
-    def _positions_laid_out(self, length: int) -> Float[Array, "1 T D"]:
-        self.check_length(length)
-        # By slices. Of rows that are taken by number, XLA on GPUs loses half of the gradient where it is summed over
-        # micro-batches (JAX 0.11.2, openxla/xla#49143).
-        return self.config.laid_out(self.positions[...][None, :length])
 
     def last(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """What leaves the last block, as `logits` takes it."""

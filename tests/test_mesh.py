@@ -5,6 +5,7 @@ import re
 from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -125,7 +126,7 @@ def test_gradients_of_learned_positions_are_not_scattered():
     """XLA on GPUs gets scattered ones wrong where they are summed over micro-batches."""
     model = Transformer(layout_of("context=2").training_model(MODEL), rngs=nnx.Rngs(0))
     structure, positions, others = nnx.split(model, nnx.PathContains("positions"), ...)
-    embedded = lambda positions: nnx.merge(structure, positions, others).embed(np.zeros((1, 24), np.int32)).sum()
+    embedded = lambda positions: nnx.merge(structure, positions, others).embed(jnp.zeros((1, 24), jnp.int32)).sum()
     found = primitives(jax.make_jaxpr(jax.grad(embedded))(positions))
     assert "concatenate" in found
     assert not [name for name in found if "scatter" in name]
