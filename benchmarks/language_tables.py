@@ -39,19 +39,21 @@ def headline_pairs(curves: dict[Run, Curve]) -> list[tuple[Curve, Curve]]:
 
 def _choices(curves: list[Curve]) -> str:
     """All kinds at one length, the best first."""
-    dense = next((curve.tokens_per_second() for curve in curves if curve.run.attention == DENSE), None)
+    dense = next((curve for curve in curves if curve.run.attention == DENSE), None)
     quality = ["held-out loss, nats a byte", "bits per byte"]
     rows = [["layers", "keys", *quality, "tokens/s", "over dense", "visible, last step", "peak memory"]]
     for curve in sorted(curves, key=lambda curve: curve.final["loss"]):
-        speed = curve.tokens_per_second()
+        factor = None
+        if dense is not None and dense.environment["device"] == curve.environment["device"]:
+            factor = curve.tokens_per_second() / dense.tokens_per_second()
         rows.append(
             [
                 curve.run.kind.words,
                 "shared" if curve.run.kind.shared else "own",
                 f"{curve.final['loss']:.3f}",
                 f"{curve.final['bits_per_byte']:.3f}",
-                f"{speed / 1e3:.0f} k",
-                or_dash(dense and speed / dense, "{:.2f}x"),
+                _speed(curve, dense or curves[0]),
+                or_dash(factor, "{:.2f}x"),
                 f"{curve.visible[-1].mean():.3g}",
                 or_dash(curve.peak_bytes and curve.peak_bytes / 2**30, "{:.1f} GiB"),
             ]

@@ -40,7 +40,10 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=PICTURE, help="PNG or SVG; default docs/coverage.png")
     args = parser.parse_args()
-    draw([json.loads(path.read_text()) for path in args.result], args.out)
+    results = [json.loads(path.read_text()) for path in args.result]
+    if not any(result["coverage"] for result in results):
+        parser.error("no result has coverage: run benchmarks/coverage.py")
+    draw(results, args.out)
     print(f"written to {args.out}, from {', '.join(path.name for path in args.result)}")
 
 

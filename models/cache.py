@@ -84,9 +84,13 @@ def prefill(
 
     Returns:
         Hidden states [B T D], of which `model.logits` makes scores, and the filled cache.
+
+    Raises:
+        ValueError: if there are more tokens than learned positions.
     """
     lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if lengths is None else lengths
-    x, filled = model.embed(tokens), []
+    model.check_length(tokens.shape[1])
+    x, filled = model.embed(tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)), []
     for block, layer in zip(model.blocks, cache, strict=True):
         attention = functools.partial(block.attention.prefill, cache=layer, lengths=lengths, segment_ids=segment_ids)
         x, layer = block.around(x, attention)

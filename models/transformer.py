@@ -219,8 +219,10 @@ class Transformer(nnx.Module):
             [B T D] in the compute type and the order of the tokens, and what each layer's plan saw.
 
         Raises:
-            ValueError: if the sequence is longer than the learned positions.
+            ValueError: if the sequence is longer than the learned positions, or cannot be divided as `context` says.
         """
+        if self.config.context is not None:
+            self.config.context.layout(tokens.shape[1], self.config.parts)  # raises what is said above
         x = self._placed(self.embed(tokens))
         stats = []
         run = _remat(self.config.remat)
@@ -244,8 +246,8 @@ class Transformer(nnx.Module):
         if self.positions is not None:
             if positions is None:
                 self.check_length(tokens.shape[1])
-                # By slices. Of rows that are taken by number, XLA on GPUs loses half of the gradient where it is summed
-                # over micro-batches (JAX 0.11.2, openxla/xla#49143).
+                # By slices: gradients of rows that are taken by number are wrong on GPUs and TPUs where they are summed
+                # over devices and micro-batches (JAX 0.11.2, openxla/xla#49143).
                 x = x + self.config.laid_out(self.positions[...][None, : tokens.shape[1]])
             else:
                 x = x + self.positions[...][positions]

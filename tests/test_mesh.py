@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.cache import init_cache, prefill
 from models.transformer import Transformer, TransformerConfig
+from sparse_flash_jax import to_zigzag
 from sparse_flash_jax.flax.pattern import QK, Dense, Hash
 from tests.jaxprs import primitives
 from training.checkpoint import Checkpoints, restore
@@ -116,20 +118,42 @@ def test_data_and_fsdp_and_tensor(on_one_device, tmp_path):
 def test_context(on_one_device):
     got = trained(layout_of("data=2,context=2,tensor=2"))
     assert_same_training(got, on_one_device)
-    # Keys and values go round, a part at a time; only the gradient of learned positions is gathered, chunk by chunk.
+    # Keys and values go round, a part at a time; only the gradient of learned positions, in four chunks, is gathered.
     assert "collective-permute" in got.text
     for _, shape, kind in MOVED.findall(got.text):
         assert kind == "collective-permute" or (shape, kind) == ("1,4,6,32", "all-gather"), (shape, kind)
 
 
-def test_gradients_of_learned_positions_are_not_scattered():
-    """XLA on GPUs gets scattered ones wrong where they are summed over micro-batches."""
-    model = Transformer(layout_of("context=2").training_model(MODEL), rngs=nnx.Rngs(0))
-    structure, positions, others = nnx.split(model, nnx.PathContains("positions"), ...)
-    embedded = lambda positions: nnx.merge(structure, positions, others).embed(jnp.zeros((1, 24), jnp.int32)).sum()
+@pytest.fixture
+def in_zigzag():
+    """A model of dense layers over divided sequences, and one with its parameters over whole ones."""
+    dense = dataclasses.replace(MODEL, attention=Dense())
+    return (Transformer(config, rngs=nnx.Rngs(0)) for config in (layout_of("context=2").training_model(dense), dense))
+
+
+def test_learned_positions_in_a_zigzag(in_zigzag):
+    """Laid out without a scatter in the gradient: XLA on GPUs gets those wrong where micro-batches are summed."""
+    divided, whole = in_zigzag
+    tokens = jnp.asarray(TOKENS[0, :2, :24] % 60)
+    np.testing.assert_array_equal(divided.embed(to_zigzag(tokens, 2)), to_zigzag(whole.embed(tokens), 2))
+
+    structure, positions, others = nnx.split(divided, nnx.PathContains("positions"), ...)
+    embedded = lambda positions: nnx.merge(structure, positions, others).embed(tokens).sum()
     found = primitives(jax.make_jaxpr(jax.grad(embedded))(positions))
-    assert "concatenate" in found
     assert not [name for name in found if "scatter" in name]
+
+
+def test_prefill_takes_tokens_in_order(in_zigzag):
+    tokens = jnp.asarray(TOKENS[0, :2, :5] % 60)
+    key = jax.random.key(0)
+    divided, whole = (prefill(model, tokens, init_cache(model, 2, 24, key=key))[0] for model in in_zigzag)
+    np.testing.assert_array_equal(divided, whole)
+
+
+def test_a_sequence_that_cannot_be_divided(in_zigzag):
+    divided, _ = in_zigzag
+    with pytest.raises(ValueError, match="over 2 devices in a zigzag must be a multiple of 4 long, got 6"):
+        divided.hidden(jnp.zeros((1, 6), jnp.int32), key=jax.random.key(0))
 
 
 def test_pmap(on_one_device):

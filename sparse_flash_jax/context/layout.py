@@ -110,7 +110,7 @@ def to_zigzag[Rows: (jax.Array, np.ndarray)](x: Rows, parts: int, axis: int = 1)
     """Returns an array of a whole sequence with its chunks as a zigzag has them, to be divided over devices in order.
 
     Of token ids that is cheap, and all that follows keeps their order. Rotary positions are then those of
-    `zigzag_positions`; a table of learned ones goes through this function, too.
+    `zigzag_positions`; a table of learned ones [T D] goes through this function, too, with axis 0.
 
     Args:
         x: an array of JAX or numpy whose `axis` is the sequence, in order.
