@@ -76,7 +76,7 @@ def speed_cases(
 
 
 def timed_cases(cases: list[SpeedCase], samples: int) -> Iterator[dict[str, Any]]:
-    """Times forward + backward of each; side by side they are compiled, while none is timed. One may say why it failed."""
+    """Times forward + backward of each, compiled side by side while none is timed. One that cannot run says why."""
     with ThreadPoolExecutor() as threads:
         compiled = [threads.submit(_compiled, _call(case)) for case in cases]
         for case, future in zip(cases, compiled, strict=True):
