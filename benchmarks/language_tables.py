@@ -84,9 +84,8 @@ def _paper(curves: list[Curve]) -> str:
 
 def _speed(curve: Curve, first: Curve) -> str:
     """Tokens a second, and the device in brackets if it is another than the first one's of a table."""
-    device = device_in_a_word(curve.environment)
-    elsewhere = "" if device == device_in_a_word(first.environment) else f" ({device})"
-    return f"{curve.tokens_per_second() / 1e3:.0f} k{elsewhere}"
+    here = curve.environment["device"] == first.environment["device"]
+    return f"{curve.tokens_per_second() / 1e3:.0f} k{'' if here else f' ({device_in_a_word(curve.environment)})'}"
 
 
 def _beside_reformer(curves: list[Curve]) -> str:

@@ -90,7 +90,7 @@ def prefill(
     """
     lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if lengths is None else lengths
     model.check_length(tokens.shape[1])
-    x, filled = model.embed(tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)), []
+    x, filled = model.embed(tokens, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]), []
     for block, layer in zip(model.blocks, cache, strict=True):
         attention = functools.partial(block.attention.prefill, cache=layer, lengths=lengths, segment_ids=segment_ids)
         x, layer = block.around(x, attention)

@@ -240,7 +240,9 @@ class Transformer(nnx.Module):
                 f"at most max_length={self.config.max_length} tokens with learned positions, got {length}."
             )
 
-    def embed(self, tokens: Int32[Array, "B T"], positions: Int32[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
+    def embed(
+        self, tokens: Int32[Array, "B T"], positions: Int32[Array, "#B T"] | None = None
+    ) -> Float[Array, "B T D"]:
         """What enters the first block, for tokens as `TransformerConfig.laid_out` has them, or at these positions."""
         x = self.embedding[...][tokens]
         if self.positions is not None:
