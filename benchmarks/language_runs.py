@@ -161,17 +161,19 @@ class Run(NamedTuple):
         return [*(_PIXELS if self.text == "mnist" else _TEXT), *chosen, *self.kind.settings, *keys]
 
 
+_PAIR = ("dense-own-keys", "local-dense-own-keys")  # the strongest dense model, and what learned best in `choices`
 _PAPER = ("hash8", "hash16", "hash32", "qk30", "qk50", "qk70")
 _BESIDE_REFORMER = ("dense", "hash16", "hash16-rounds4", "reformer", "reformer-rounds4")
 
 GROUPS: dict[str, tuple[Run, ...]] = {
-    # The strongest dense model here, and the sparse one that learned best in `choices`.
     "headline": tuple(
         Run("enwik8", length, STEPS, kind, seed)
         for seed in range(3)
         for length in (8192, 16_384, 32_768)
-        for kind in ("dense-own-keys", "local-dense-own-keys")
+        for kind in _PAIR
     ),
+    # Whether what the headline says holds on.
+    "longer": tuple(Run("enwik8", 16_384, 3 * STEPS, kind) for kind in _PAIR),
     # The paper's: one model, keys shared in all.
     "paper": tuple(
         Run(text, length, STEPS, kind)
