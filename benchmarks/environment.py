@@ -115,8 +115,8 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """The commit, marked where a tracked file differs from it, or what $GIT_COMMIT says; None outside a repository."""
-    if "GIT_COMMIT" in os.environ:
-        return os.environ["GIT_COMMIT"]
+    if said := os.environ.get("GIT_COMMIT"):
+        return said
     try:
         commit = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")

@@ -23,15 +23,16 @@ def language_tables(folder: Path = RESULTS) -> dict[str, str]:
     ):
         if found := [curves[run] for run in GROUPS[group] if run in curves]:
             tables[name] = f"{table(found)}\n\n{source(*(curve.environment for curve in found))}."
-    if pairs := headline_pairs(curves):
-        environments = [curve.environment for pair in pairs for curve in pair]
-        tables["sooner"] = f"{_sooner(pairs)}\n\n{source(*environments)}."
+    for name, group in (("sooner", "headline"), ("longer", "longer")):
+        if pairs := pairs_of(curves, group):
+            environments = [curve.environment for pair in pairs for curve in pair]
+            tables[name] = f"{_sooner(pairs)}\n\n{source(*environments)}."
     return tables
 
 
-def headline_pairs(curves: dict[Run, Curve]) -> list[tuple[Curve, Curve]]:
-    """The dense and the sparse run of each length and seed of the headline, where both are done; the shortest first."""
-    runs = GROUPS["headline"]
+def pairs_of(curves: dict[Run, Curve], group: str) -> list[tuple[Curve, Curve]]:
+    """The dense and the sparse run of each length and seed of a group, where both are done; the shortest first."""
+    runs = GROUPS[group]
     pairs = zip(runs[::2], runs[1::2], strict=True)
     done = [(curves[dense], curves[sparse]) for dense, sparse in pairs if dense in curves and sparse in curves]
     return sorted(done, key=lambda pair: (pair[0].run.length, pair[0].run.seed))
@@ -108,7 +109,7 @@ def _beside_reformer(curves: list[Curve]) -> str:
 
 
 def _sooner(pairs: list[tuple[Curve, Curve]]) -> str:
-    """Dense against the sparse model of the headline."""
+    """Dense against the sparse model, pair by pair."""
     columns = [f"{name}, {what}" for what in ("bits per byte", "tokens/s") for name in ("dense", "other")]
     late = f"dense after {max(pairs[0][0].held_out)} steps, nats a byte"
     rows = [["T", "seed", *columns, late, "reached by dense", "by other", "sooner"]]

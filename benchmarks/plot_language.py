@@ -11,12 +11,12 @@ import numpy as np
 from figures import INK, draw_from, entry, figure_of, finish, finish_figure, legend
 from language_results import RESULTS, Curve, load_curves, sooner
 from language_runs import GROUPS
-from language_tables import by_text, headline_pairs
+from language_tables import by_text, pairs_of
 
 SPARSE, DENSE = "#0072B2", INK
 SHARED, OWN = "#D55E00", SPARSE  # Okabe and Ito
-HEADLINE, PAPER, CHOICES = "language-models.png", "language-paper.png", "language-choices.png"
-PROGRESS = "language-progress.png"
+HEADLINE, LONGER = "language-models.png", "language-longer.png"
+PAPER, CHOICES, PROGRESS = "language-paper.png", "language-choices.png", "language-progress.png"
 PAPER_COLOURS = {"dense": DENSE}
 PAPER_COLOURS |= {"hash8": "#9ECAE1", "hash16": "#4292C6", "hash32": "#084594"}
 PAPER_COLOURS |= {"qk30": "#FDAE6B", "qk50": "#F16913", "qk70": "#A63603"}
@@ -30,7 +30,8 @@ def draw_language(data: Path, folder: Path) -> list[Path]:
     chosen = [curves[run] for run in GROUPS["choices"] if run in curves]
     paper = [curves[run] for run in GROUPS["paper"] if run in curves]
     figures: dict[Path, tuple[Callable[[Path, list[Any]], None], list[Any]]] = {
-        folder / HEADLINE: (_draw_headline, headline_pairs(curves)),
+        folder / HEADLINE: (_draw_pairs, pairs_of(curves, "headline")),
+        folder / LONGER: (_draw_pairs, pairs_of(curves, "longer")),
         folder / PAPER: (_draw_paper, paper),
         folder / CHOICES: (_draw_choices, chosen),
         folder / PROGRESS: (_draw_progress, [curve for curve in chosen if curve.run.attention in HASHING]),
@@ -41,10 +42,10 @@ def draw_language(data: Path, folder: Path) -> list[Path]:
     return [path for path, (_, shown) in figures.items() if shown]
 
 
-def _draw_headline(path: Path, pairs: list[tuple[Curve, Curve]]) -> None:
+def _draw_pairs(path: Path, pairs: list[tuple[Curve, Curve]]) -> None:
     """A panel for each length, a line for each run."""
     lengths = sorted({dense.run.length for dense, _ in pairs})
-    figure = figure_of(10.4, 4.4)
+    figure = figure_of(max(6.4, 3.4 * len(lengths) + 0.2), 4.4)
     for ax, length in zip(figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0], lengths, strict=True):
         of_length = [pair for pair in pairs if pair[0].run.length == length]
         for pair in of_length:

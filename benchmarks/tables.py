@@ -26,8 +26,8 @@ PAGES = {
     "docs/patterns.md": ("patterns",),
     "docs/devices.md": ("scaling", "divided-sequences"),
     "docs/results.md": (
-        *("sooner", "paper", "language-models", "speed-up", "end-to-end", "sweeps", "sweeps-paper", "reformer"),
-        *("blocks", "training-step"),
+        *("sooner", "longer", "paper", "language-models", "speed-up", "end-to-end", "sweeps", "sweeps-paper"),
+        *("reformer", "blocks", "training-step"),
     ),
 }
 """Pages by their path, and the tables that each has."""

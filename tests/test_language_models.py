@@ -76,9 +76,9 @@ def test_a_run_is_tried_again_and_kept_and_not_run_again(modules, tmp_path):
     assert "begun on 1 x cpu, first, " in _run(tmp_path, commit="second", status=1)
 
 
-def _write(folder, modules, attention, seconds, held_out, length=8192):
+def _write(folder, modules, attention, seconds, held_out, length=8192, steps=1000):
     """The metrics of a run that was stopped in its third record, and went on."""
-    run = modules["language_runs"].Run("enwik8", length, 1000, attention)
+    run = modules["language_runs"].Run("enwik8", length, steps, attention)
     times = [1 * seconds, 2 * seconds, 0.5 * seconds, 1.5 * seconds]
     environment = {"device": "2 x a GPU", "jax": "0.0", "commit": "0123456789", "command": "python benchmarks/x.py"}
     records = [{"kind": "run", "step": 0, **run._asdict(), "environment": environment}]
@@ -108,9 +108,14 @@ def test_figures_and_tables(modules, tmp_path):
     for length in (8192, 16_384):
         for attention in ("dense-own-keys", "local-dense-own-keys", "hash16"):
             _write(tmp_path, modules, attention, 5.0, [3.0, 2.5, 1.5, 1.0], length)
-    for path in modules["plot_language"].draw_language(tmp_path, tmp_path):
+    for attention, seconds in (("dense-own-keys", 5.0), ("local-dense-own-keys", 2.0)):
+        _write(tmp_path, modules, attention, seconds, [3.0, 2.5, 1.5, 1.0], 16_384, 3000)
+    drawn = modules["plot_language"].draw_language(tmp_path, tmp_path)
+    assert {"language-models.png", "language-longer.png"} <= {path.name for path in drawn}
+    for path in drawn:
         assert path.read_bytes().startswith(b"\x89PNG")
     tables = modules["language_tables"].language_tables(tmp_path)
+    assert tables["longer"].count("| 16384 | 0 |") == tables["longer"].count("2.5x |") == 1
     assert "| 16 buckets | shared | 1.000 | 1.000 | 655 k | 1.00x | 0.375 | 1.0 GiB |" in tables["language-models"]
     assert tables["sooner"].count("1.0x |") == 2
     _write(tmp_path, modules, "qk50", 5.0, [3.0, 2.5, 1.5, 1.0])
