@@ -281,9 +281,9 @@ def test_saved_residuals_spare_the_backward_pass_the_ring():
 
     gradient = jax.grad(jax.checkpoint(loss, policy=SAVED), argnums=(0, 1, 2))
     sent = primitives(jax.make_jaxpr(gradient)(*operands, *buckets)).count("ppermute")
-    # k, v, and buckets, positions and number of keys round the ring; back with them dk and dv, which go once more at
-    # the last part, and home.
-    assert sent == 5 + (5 + 2) + 2 + 2
+    # k with v, and buckets, positions and number of keys round the ring; back with them dk with dv, which go once more
+    # at the last part, and home.
+    assert sent == 4 + (4 + 1) + 1 + 1
 
 
 @needs_eight_devices

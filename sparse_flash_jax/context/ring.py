@@ -6,6 +6,7 @@
         forward    o and lse of these pairs, merged with those so far by their log-sum-exp
         backward   from the whole rows' lse: dq is summed here, dk and dv travel with the part, and home at the end
 
+k and v travel as one array, and dk and dv as another: XLA has one exchange at a time in flight beside other work.
 Sums over parts are in float32, in an order that does not change. Knows positions through layout.py, and kernels as
 kernels/interval.py does.
 """
@@ -110,9 +111,10 @@ def _forward(ring, q, k, v, queries, keys):
     q, k, v = (checkpoint_name(x, ROWS_NAME) for x in moved)
 
     def visit(step, travelling, sums):
-        ids, k, v = travelling
+        ids, kv = travelling
 
         def attend(o, lse, pairs):
+            k, v = kv
             runs, config = _meeting(ring, step, queries, _received(keys, ids), q, k)
             more = kernels_of(ring.implementation).forward(q, k, v, runs, scale=ring.scale, config=config)
             return *_merged((o, lse), more), pairs + repeat_heads(visible_pairs(runs), q.shape[1])
@@ -121,7 +123,7 @@ def _forward(ring, q, k, v, queries, keys):
 
     nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf, jnp.float32), jnp.zeros(q.shape[:2])
     nothing, _ = vary_alike((nothing, q))
-    o, lse, pairs = _go_round(ring, visit, (_ids_to_send(keys), k, v), nothing)
+    o, lse, pairs = _go_round(ring, visit, (_ids_to_send(keys), jnp.stack((k, v))), nothing)
     (o,) = to_positions((o.astype(q.dtype),), orders[:1], rows)
     o, lse = (checkpoint_name(x, name) for x, name in zip((o, lse), RESIDUAL_NAMES, strict=True))
     lse_by_position = restore(lse[:, :, : ring.query_layout.rows, None], queries.permutation)[..., 0]
@@ -138,19 +140,21 @@ def _backward(ring, residuals, cotangents):
     delta = delta - jnp.pad(dlse, ((0, 0), (0, 0), (0, delta.shape[2] - dlse.shape[2])))
 
     def visit(step, travelling, sums):
-        (ids, k, v), (dq, *of_part) = travelling, sums
+        (ids, kv), (dq, of_part) = travelling, sums
         # Sent on one step late, while this step computes; at the first step they are still zero.
         of_part = of_part if isinstance(step, int) and step == 0 else ring.pass_on(of_part)
 
-        def add(*sums):
+        def add(dq, of_part):
+            k, v = kv
             runs, config = _meeting(ring, step, queries, _received(keys, ids), q, k)
-            more = _gradients(ring, config, q, k, v, runs, lse, do, delta)
-            return tuple(x + y.astype(jnp.float32) for x, y in zip(sums, more, strict=True))
+            more_dq, *more = _gradients(ring, config, q, k, v, runs, lse, do, delta)
+            return dq + more_dq.astype(jnp.float32), of_part + jnp.stack(more).astype(jnp.float32)
 
-        return _where_shown(ring, step, add, (dq, *of_part))
+        return _where_shown(ring, step, add, (dq, of_part))
 
-    zeros, _ = vary_alike((tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)), q))
-    dq, *of_part = _go_round(ring, visit, (_ids_to_send(keys), k, v), zeros)
+    kv = jnp.stack((k, v))
+    zeros, _ = vary_alike((tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, kv)), q))
+    dq, of_part = _go_round(ring, visit, (_ids_to_send(keys), kv), zeros)
     dk, dv = ring.pass_on(of_part, 1 - len(ring.shown()))
     gradients = (x.astype(q.dtype) for x in (dq, dk, dv))
     return *to_positions(tuple(gradients), (orders[0], orders[1], orders[1]), rows), None, None
