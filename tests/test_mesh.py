@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections import defaultdict
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -50,8 +51,8 @@ def standard_promotion():
         yield
 
 
-def layout_of(mesh, parallel="jit"):
-    return make_layout(dataclasses.replace(SETTINGS, mesh=mesh, parallel=parallel))
+def layout_of(mesh, parallel="jit", **more):
+    return make_layout(dataclasses.replace(SETTINGS, mesh=mesh, parallel=parallel, **more))
 
 
 def trained(layout: Layout):
@@ -115,13 +116,28 @@ def test_data_and_fsdp_and_tensor(on_one_device, tmp_path):
         assert f"24,{heads}" not in shape, (shape, kind)
 
 
-def test_context(on_one_device):
-    got = trained(layout_of("data=2,context=2,tensor=2"))
-    assert_same_training(got, on_one_device)
+def test_context_by_ring(on_one_device):
+    moved = moved_by_context("ring", on_one_device)
     # Keys and values go round, a part at a time; only the gradient of learned positions, in four chunks, is gathered.
-    assert "collective-permute" in got.text
-    others = [(shape, kind) for _, shape, kind in MOVED.findall(got.text) if kind != "collective-permute"]
-    assert others == [("1,4,6,32", "all-gather")]
+    assert moved["collective-permute"]
+    assert (moved["all-gather"], moved["reduce-scatter"]) == (["1,4,6,32"], [])
+
+
+def test_context_by_gathering(on_one_device):
+    moved = moved_by_context("gather", on_one_device)
+    keys, keys_ids = "2,24,2,8", {"2,24,1", "2,24,2"}  # of one device's sequences and heads, all positions
+    assert {*moved["all-gather"]} == {keys, *keys_ids, "1,4,6,32"}  # the last as by ring
+    assert {*moved["reduce-scatter"]} == {"2,12,2,8"}  # dk and dv
+    assert {*moved["collective-permute"]} == {"1,3,32"}  # chunks of learned positions
+
+
+def moved_by_context(exchange, on_one_device):
+    got = trained(layout_of("data=2,context=2,tensor=2", exchange=exchange))
+    assert_same_training(got, on_one_device)
+    moved = defaultdict(list)
+    for _, shape, kind in MOVED.findall(got.text):
+        moved[kind].append(shape)
+    return moved
 
 
 @pytest.fixture

@@ -269,6 +269,9 @@ class TrainConfig:
     batch; fsdp these and parameters and optimizer state; context the tokens of each sequence, for what is too long for
     one device; tensor heads, hidden units and vocabulary. Default: data over all devices if they divide --batch-size,
     else one device (an error in several processes)."""
+    exchange: Literal["gather", "ring"] = "gather"
+    """How keys come to the queries of a sequence that `context` divides: all of a layer's on each device, which is
+    mostly faster, or two devices' parts at a time."""
     parallel: Literal["jit", "pmap"] = "jit"
     """One program over all devices of the mesh, or jax.pmap of one for each (data alone, one process)."""
     distributed: DistributedConfig = DistributedConfig()
@@ -292,7 +295,7 @@ class TrainConfig:
 def identity(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide the result, flat: {"model.width": 128, ...}."""
     watching = {"name", "out", "resume", "max_minutes", "log_every", "evaluation", "sample", "checkpoint"}
-    watching |= {"mesh", "parallel", "distributed"}  # the same losses, to rounding
+    watching |= {"mesh", "exchange", "parallel", "distributed"}  # the same losses, to rounding
     flat: dict[str, Any] = {}
     for name, value in dataclasses.asdict(config).items():
         if name in watching:

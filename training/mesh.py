@@ -2,7 +2,7 @@
 
     data     sequences of a batch
     fsdp     sequences, too; and parameters, gradients and optimizer state by their width (arXiv 1910.02054)
-    context  the tokens of each sequence, in a zigzag; keys go round a ring (arXiv 2310.01889)
+    context  the tokens of each sequence, in a zigzag; keys are gathered (arXiv 2407.21783), or go round (2310.01889)
     tensor   heads, hidden units of the MLP, and the vocabulary (arXiv 1909.08053)
 
 Losses are those of one device, to float32 rounding: batches, hashes and drops are drawn for the whole batch.
@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -49,10 +49,12 @@ class Layout(NamedTuple):
     Attributes:
         mesh: devices by `AXES`, or by data alone; None for the default device alone.
         pmap: whether `jax.pmap` runs the step on each device's own sequences; else one `jit` over all devices does.
+        exchange: of `Context`, where sequences are divided.
     """
 
     mesh: Mesh | None
     pmap: bool = False
+    exchange: Literal["gather", "ring"] = "gather"
 
     def __str__(self) -> str:
         if self.mesh is None:
@@ -78,8 +80,9 @@ class Layout(NamedTuple):
             return dataclasses.replace(config, stream=self._sharding(self._sequence_axes))
         whole = lambda each: isinstance(each, Dense) and each.backend is not None
         patterns = tuple(dataclasses.replace(each, backend=None) if whole(each) else each for each in config.patterns)
-        context = Context("context", zigzag=True, batch=self._sequence_axes, heads="tensor", mesh=self.mesh)
-        stream = self._sharding(self._sequence_axes, "context")
+        axes = self._sequence_axes
+        context = Context("context", self.exchange, zigzag=True, batch=axes, heads="tensor", mesh=self.mesh)
+        stream = self._sharding(axes, "context")
         return dataclasses.replace(config, attention=patterns, stream=stream, context=context)
 
     def compiled(self, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -198,7 +201,7 @@ def make_layout(config: TrainConfig) -> Layout:
     names = ("data",) if config.parallel == "pmap" else AXES  # as pmap's own mesh is
     shape, types = tuple(axes.get(name, 1) for name in names), (jax.sharding.AxisType.Auto,) * len(names)
     mesh = jax.make_mesh(shape, names, axis_types=types, devices=jax.devices()[:count])
-    return Layout(mesh, config.parallel == "pmap")
+    return Layout(mesh, config.parallel == "pmap", config.exchange)
 
 
 def _parse(text: str) -> dict[str, int]:
