@@ -9,7 +9,7 @@ from markdown_table import markdown, or_dash
 from pattern_names import words
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SCALED = ("scaling-gpu.json", "scaling-gpu-two-h100.json")
+SCALED = ("scaling-gpu.json", "scaling-gpu-two-h100.json", "scaling-gpu-four.json", "exchange-steps-gpu.json")
 DIVIDED = ("context-gpu.json", "context-gpu-four.json", "context-gpu-four-64k.json")
 SUM_BYTES = "xla_gpu_all_reduce_combine_threshold_bytes"
 SUMS_TOGETHER = "xla_gpu_experimental_parallel_collective_overlap_limit"
@@ -22,19 +22,20 @@ def device_tables() -> dict[str, str]:
 
 
 def _scaling() -> str:
-    """Training steps over meshes, each beside one device of the same run."""
+    """Training steps over meshes, each beside one device of the same run; what was measured anew, as it was last."""
     results = [_load(name) for name in SCALED]
+    last = {
+        _what(step, each["environment"]): (step, each["environment"])
+        for each in results
+        for step in each["steps"]
+        if step["devices"] > 1
+    }
     titles = ["devices", "attention", "tokens a device", "mesh", "gradients are summed", "ms a step", "tokens/s"]
     rows = [[*titles, "efficiency", "memory a device"]]
-    for environment, step in ((each["environment"], step) for each in results for step in each["steps"]):
-        if step["devices"] == 1:
-            continue
+    for what, (step, _) in sorted(last.items()):
         rows.append(
             [
-                f"{step['devices']} {device_in_a_word(environment)}",
-                words(step["attention"]),
-                str(step["batch"] * step["length"] // step["devices"]),
-                step["mesh"] + (", pmap" if step["parallel"] == "pmap" else ""),
+                *what,
                 _sums(step.get("compiler_options", {})),
                 f"{1e3 * step['seconds']['median']:.1f}",
                 f"{step['tokens_per_second'] / 1e3:.0f} k",
@@ -42,7 +43,19 @@ def _scaling() -> str:
                 f"{step['memory_bytes']['peak'] / 2**30:.1f} GiB",
             ]
         )
-    return f"{markdown(rows)}\n\n{source(*(result['environment'] for result in results))}."
+    return f"{markdown(rows)}\n\n{source(*(environment for _, environment in last.values()))}."
+
+
+def _what(step: dict[str, Any], environment: dict[str, Any]) -> tuple[str, ...]:
+    """What was measured, in the first cells of its row."""
+    how = {"gather": ", keys gathered", "ring": ", by ring"}[step.get("exchange", "ring")]
+    how = how if "context" in step["mesh"] else ", pmap" if step["parallel"] == "pmap" else ""
+    return (
+        f"{step['devices']} {device_in_a_word(environment)}",
+        words(step["attention"]),
+        str(step["batch"] * step["length"] // step["devices"]),
+        step["mesh"] + how,
+    )
 
 
 def _sums(options: dict[str, int]) -> str:

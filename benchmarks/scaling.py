@@ -66,6 +66,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Times training steps over meshes of devices.")
     parser.add_argument("--meshes", nargs="+", help=f"meshes of {', '.join(AXES)}; default all of one or two axes")
     parser.add_argument("--attention", choices=("dense", "hash", "centred"), default="centred", help="kind")
+    parser.add_argument("--exchange", choices=("gather", "ring"), default="gather", help="of keys, over context")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a sequence")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of a step for each device")
     parser.add_argument("--samples", type=int, default=5, help="samples of which the median is taken")
@@ -96,6 +97,7 @@ def _record(args: argparse.Namespace, divided: tuple[str, str]) -> dict[str, Any
     """Measures a mesh. One that cannot run says why, and the next has its turn."""
     mesh, parallel = divided
     record = {"mesh": mesh, "parallel": parallel, "length": args.length, "attention": str(_variant(args))}
+    record |= {"exchange": args.exchange} if "context" in mesh else {}
     try:
         return record | _measured(args, mesh, parallel)
     except (jax.errors.JaxRuntimeError, ConfigError) as error:  # out of memory, or what cannot be divided
@@ -107,7 +109,7 @@ def _record(args: argparse.Namespace, divided: tuple[str, str]) -> dict[str, Any
 def _measured(args: argparse.Namespace, mesh: str, parallel: str) -> dict[str, Any]:
     devices = math.prod(int(part.split("=")[1]) for part in mesh.split(","))
     config = settings(_variant(args), args.length, args.tokens * devices, quick=args.quick)
-    config = dataclasses.replace(config, mesh=mesh, parallel=parallel)
+    config = dataclasses.replace(config, mesh=mesh, exchange=args.exchange, parallel=parallel)
     with beside():
         step, state, batch, compile_seconds = _compiled(config, vocabulary(quick=args.quick))
     with alone():

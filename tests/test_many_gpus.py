@@ -36,10 +36,19 @@ def on_one_gpu():
 
 
 @pytest.mark.parametrize(
-    ("axis", "parallel"), [("data", "jit"), ("fsdp", "jit"), ("tensor", "jit"), ("context", "jit"), ("data", "pmap")]
+    ("axis", "options"),
+    [
+        ("data", {}),
+        ("fsdp", {}),
+        ("tensor", {}),
+        ("context", {"exchange": "gather"}),
+        ("context", {"exchange": "ring"}),
+        ("data", {"parallel": "pmap"}),
+    ],
+    ids=["data", "fsdp", "tensor", "context, gathered", "context, by ring", "pmap"],
 )
-def test_training(axis, parallel, on_one_gpu):
-    assert_same_training(in_float32(layout_of(f"{axis}={GPUS}", parallel)), on_one_gpu)
+def test_training(axis, options, on_one_gpu):
+    assert_same_training(in_float32(layout_of(f"{axis}={GPUS}", **options)), on_one_gpu)
 
 
 def in_float32(layout):
