@@ -45,7 +45,7 @@ def on_one_gpu():
         ("context", {"exchange": "ring"}),
         ("data", {"parallel": "pmap"}),
     ],
-    ids=["data", "fsdp", "tensor", "context, gathered", "context, by ring", "pmap"],
+    ids=["data", "fsdp", "tensor", "context-gather", "context-ring", "pmap"],
 )
 def test_training(axis, options, on_one_gpu):
     assert_same_training(in_float32(layout_of(f"{axis}={GPUS}", **options)), on_one_gpu)

@@ -270,8 +270,8 @@ class TrainConfig:
     one device; tensor heads, hidden units and vocabulary. Default: data over all devices if they divide --batch-size,
     else one device (an error in several processes)."""
     exchange: Literal["gather", "ring"] = "gather"
-    """How keys come to the queries of a sequence that `context` divides: all of a layer's on each device, which is
-    mostly faster, or two devices' parts at a time."""
+    """How keys come to queries where --mesh divides sequences by context. gather: each device has all of a layer's,
+    mostly faster; ring: two devices' parts at a time, for what does not fit."""
     parallel: Literal["jit", "pmap"] = "jit"
     """One program over all devices of the mesh, or jax.pmap of one for each (data alone, one process)."""
     distributed: DistributedConfig = DistributedConfig()

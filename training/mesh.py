@@ -60,7 +60,8 @@ class Layout(NamedTuple):
         if self.mesh is None:
             return "one device"
         axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1) or "data 1"
-        return f"{axes}, by {'pmap' if self.pmap else 'jit'}"
+        exchange = f", keys by {self.exchange}" if self.mesh.shape.get("context", 1) > 1 else ""
+        return f"{axes}{exchange}, by {'pmap' if self.pmap else 'jit'}"
 
     def training_model(self, config: TransformerConfig) -> TransformerConfig:
         """The model as a training step runs it."""

@@ -24,7 +24,7 @@ class Context:
         axis: mesh axis over which positions are divided, in equal parts.
         exchange: how keys come to queries. "ring" passes them round: memory for two parts of k and v, whatever the
             number of devices, and parts that the rule hides cost no attention. "gather" has all of k and v on each
-            device, and one call of the kernels.
+            device, and one call of the kernels: mostly faster on GPUs of one host, where that fits.
         zigzag: whether the sequence is laid out by `to_zigzag`, which gives each device as many pairs under a causal
             rule; else it is in order, where a window costs least.
         batch: mesh axes over which batch entries are divided. For calls outside of `shard_map`, as are those below.
