@@ -1,11 +1,13 @@
 """Language models side by side: what is run, what is kept of it, and when one reaches what another had."""
 
+import importlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from training.cli import parse
@@ -159,3 +161,31 @@ def test_figures_and_tables_name_all_devices_and_commits(modules, tmp_path, monk
     assert made.keys() == {"sooner"}
     assert "| 655 k | 655 k (H100) |" in made["sooner"]
     assert made["sooner"].endswith(f"on {both}.")
+
+
+def test_losses_over_draws(benchmark_module, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("a text to learn by heart, line after line\n" * 400)
+    train, draws = importlib.import_module("train"), benchmark_module("evaluation_draws")
+    for kind, more in {"hash": ["--model.buckets", "8"], "dense": []}.items():
+        settings = ["--data", str(text), "--attention", kind, *more, *TINY, "--sample.tokens", "0"]
+        with jax.numpy_dtype_promotion("standard"):  # which optax needs
+            assert train.main([*settings, "--out", str(tmp_path / kind)]) == 0
+    out = tmp_path / "draws.json"
+    options = ["--draws", "3", "--windows", "2", "--out", str(out)]
+
+    def run(*names):
+        monkeypatch.setattr(sys, "argv", ["evaluation_draws.py", *(str(tmp_path / name) for name in names), *options])
+        draws.main()
+
+    with pytest.raises(SystemExit, match="no run in"):
+        run("hash", "none")
+    assert not out.exists()
+    run("hash", "dense")
+    hashed, dense = json.loads(out.read_text())["runs"]
+    assert (hashed["run"], hashed["attention"], hashed["buckets"]) == ("hash", ["hash"], 8)
+    assert len({hashed["own"], *hashed["others"]}) == 4  # each draw has other buckets
+    assert {dense["own"]} == {*dense["others"]}
+    records = map(json.loads, (tmp_path / "hash" / "metrics.jsonl").read_text().splitlines())
+    (final,) = (record["loss"] for record in records if record["kind"] == "final")
+    assert hashed["own"] == pytest.approx(final, rel=1e-6)

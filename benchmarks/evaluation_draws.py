@@ -1,0 +1,92 @@
+"""How much held-out loss depends on the hashes or drops that evaluation draws: a run's own, and others.
+
+python benchmarks/evaluation_draws.py RUN [RUN ...]         runs of train.py, on their held-out text
+python benchmarks/evaluation_draws.py RUN --draws 8 --windows 64
+
+`train.py` evaluates with one draw, that of the run's seed; a run with --model.fixed-draws was trained on that draw,
+others on a new one at each step.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+from environment import environment, written
+from flax import nnx
+
+from training.batches import evaluation_batches
+from training.data import Stream, load_corpus
+from training.errors import CheckpointError, DataError
+from training.evaluation import evaluate
+from training.step import make_evaluation_step
+from training.trained import Trained, load_trained
+
+RESULTS = Path(__file__).resolve().parent / "results"
+OTHERS = 1000  # seeds from here on draw what no run did
+
+
+def main() -> None:
+    """Evaluates, prints a table, writes JSON."""
+    args = _arguments()
+    loaded = [_loaded(run) for run in args.runs]  # what cannot be read ends this before anything is written
+    described = environment()
+    result: dict[str, Any] = {"environment": described, "runs": []}
+    path = args.out or RESULTS / f"evaluation-draws-{described['platform']}.json"
+    with written(result, path) as keep:
+        print(f"{'run':<20}{'own draw':>10}{'others':>10}{'least':>10}{'most':>10}")
+        for run, (trained, held_out) in zip(args.runs, loaded, strict=True):
+            record = {"run": run.name} | _measured(trained, held_out, args.windows, args.draws)
+            result["runs"].append(record)
+            others = record["others"]
+            columns = record["own"], statistics.mean(others), min(others), max(others)
+            print(f"{record['run']:<20}{''.join(f'{loss:10.4f}' for loss in columns)}", flush=True)
+            keep()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compares held-out losses over draws of hashes or drops.")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or of checkpoints in them")
+    parser.add_argument("--draws", type=int, default=8, help="others than the run's own")
+    parser.add_argument("--windows", type=int, default=32, help="of the held-out text, each as long as in training")
+    parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/evaluation-draws-PLATFORM.json")
+    return parser.parse_args()
+
+
+def _loaded(run: Path) -> tuple[Trained, Stream]:
+    """Returns the model of a run's newest checkpoint and its held-out text.
+
+    Raises:
+        SystemExit: if either cannot be read.
+    """
+    try:
+        trained = load_trained(run)
+        return trained, load_corpus(trained.config.data, trained.tokenizer, trained.config.batch.length).held_out
+    except (CheckpointError, DataError) as error:
+        raise SystemExit(str(error)) from None
+
+
+def _measured(trained: Trained, held_out: Stream, windows: int, draws: int) -> dict[str, Any]:
+    """The run's settings, and its losses, nats a token."""
+    config = trained.config
+    batch, packing = config.batch, config.data.packing
+    batches = list(evaluation_batches(held_out, batch.size, batch.length, windows, packing))
+    structure, params = nnx.split(trained.model, nnx.Param)
+    end_token = trained.tokenizer.end if config.data.separate_documents else None
+
+    def loss(seed: int) -> float:
+        step = make_evaluation_step(structure, seed, end_token, packed=packing == "documents")
+        return evaluate(step, params, batches).loss
+
+    return {
+        **{name: getattr(config.model, name) for name in ("attention", "buckets", "rate", "fixed_draws")},
+        "steps": config.steps,
+        "length": batch.length,
+        "windows": windows,
+        "own": loss(config.seed),
+        "others": [loss(OTHERS + number) for number in range(draws)],
+    }
+
+
+if __name__ == "__main__":
+    main()
