@@ -1,15 +1,15 @@
 """The tables of several devices: training steps over meshes, and sequences that are divided."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from environment import device_in_a_word, source
+from environment import device_in_a_word, load_result, source
 from markdown_table import markdown, or_dash
 from pattern_names import words
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SCALED = ("scaling-gpu.json", "scaling-gpu-two-h100.json", "scaling-gpu-four.json", "exchange-steps-gpu.json")
+"""Files of steps over meshes, the latest last: of what several have, it is shown."""
 DIVIDED = ("context-gpu.json", "context-gpu-four.json", "context-gpu-four-64k.json")
 SUM_BYTES = "xla_gpu_all_reduce_combine_threshold_bytes"
 SUMS_TOGETHER = "xla_gpu_experimental_parallel_collective_overlap_limit"
@@ -23,13 +23,11 @@ def device_tables() -> dict[str, str]:
 
 def _scaling() -> str:
     """Training steps over meshes, each beside one device of the same run; what was measured anew, as it was last."""
-    results = [_load(name) for name in SCALED]
-    last = {
-        _what(step, each["environment"]): (step, each["environment"])
-        for each in results
-        for step in each["steps"]
-        if step["devices"] > 1
-    }
+    last = {}
+    for result in (load_result(RESULTS / name) for name in SCALED):
+        for step in (step for step in result["steps"] if step["devices"] > 1):
+            environment = result["environment"] | {"commit": step.get("commit", result["environment"]["commit"])}
+            last[_what(step, environment)] = step, environment
     titles = ["devices", "attention", "tokens a device", "mesh", "gradients are summed", "ms a step", "tokens/s"]
     rows = [[*titles, "efficiency", "memory a device"]]
     for what, (step, _) in sorted(last.items()):
@@ -48,8 +46,9 @@ def _scaling() -> str:
 
 def _what(step: dict[str, Any], environment: dict[str, Any]) -> tuple[str, ...]:
     """What was measured, in the first cells of its row."""
-    how = {"gather": ", keys gathered", "ring": ", by ring"}[step.get("exchange", "ring")]
-    how = how if "context" in step["mesh"] else ", pmap" if step["parallel"] == "pmap" else ""
+    how = ", pmap" if step["parallel"] == "pmap" else ""
+    if "context" in step["mesh"]:  # before there was a choice, by ring
+        how = {"gather": ", keys gathered", "ring": ", by ring"}[step.get("exchange", "ring")]
     return (
         f"{step['devices']} {device_in_a_word(environment)}",
         words(step["attention"]),
@@ -68,7 +67,7 @@ def _sums(options: dict[str, int]) -> str:
 
 def _divided_sequences() -> str:
     """A sequence over devices, by exchange and layout, forward + backward, beside one device."""
-    results = [_load(name) for name in DIVIDED]
+    results = [load_result(RESULTS / name) for name in DIVIDED]
     rows = [["T", "pattern", "devices", "one device, ms", *(f"{way}, ms" for way in WAYS), "best over one device"]]
     for (length, buckets, devices), times in sorted(_ways(results).items()):
         one = times["one device"]
@@ -88,7 +87,3 @@ def _ways(results: list[dict[str, Any]]) -> dict[tuple[int, int, int], dict[str,
             times["one device"] = case["seconds"]["one_device"]["median"]
             times[f"{case['exchange']}, {case['layout']}"] = case["seconds"]["forward_backward"]["median"]
     return found
-
-
-def _load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / name).read_text())

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -62,9 +63,17 @@ def described(*environments: dict[str, Any]) -> str:
 
 
 def source(*environments: dict[str, Any]) -> str:
-    """Returns the command that measured the first of these results, and on what all of them were."""
-    command = " ".join(environments[0]["command"].split()[:2])  # its options are in the result
-    return f"`{command}` on {described(*environments)}"
+    """Returns the command that measured the first of these results, on what all of them were, and their files."""
+    words = environments[0]["command"].split()
+    command = " ".join(itertools.takewhile(lambda word: not word.startswith("-"), words))  # options are in the result
+    files = ", ".join(f"`{name}`" for name in _distinct(each["file"] for each in environments if "file" in each))
+    return f"`{command}` on {described(*environments)}{files and f'; data: {files}'}"
+
+
+def load_result(path: Path) -> dict[str, Any]:
+    """Returns a result, whose environment says in which file it is."""
+    result = json.loads(path.read_text())
+    return result | {"environment": result["environment"] | {"file": f"results/{path.name}"}}
 
 
 def _machine(environment: dict[str, Any]) -> str:

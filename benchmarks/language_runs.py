@@ -172,7 +172,7 @@ GROUPS: dict[str, tuple[Run, ...]] = {
         for length in (8192, 16_384, 32_768)
         for kind in _PAIR
     ),
-    # Whether what the headline says holds on.
+    # Whether what the headline says holds over three times as many steps.
     "longer": tuple(Run("enwik8", 16_384, 3 * STEPS, kind) for kind in _PAIR),
     # The paper's: one model, keys shared in all.
     "paper": tuple(

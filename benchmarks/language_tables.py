@@ -5,8 +5,9 @@ from pathlib import Path
 
 from environment import device_in_a_word, source
 from language_results import RESULTS, Curve, load_curves, sooner
-from language_runs import GROUPS, Run
+from language_runs import GROUPS, KINDS, Run
 from markdown_table import markdown, or_dash
+from sweep_results import paper
 
 DENSE = "dense-own-keys"
 TEXTS = {"enwik8": "enwik8", "eltec": "novels"}
@@ -19,19 +20,26 @@ def language_tables(folder: Path = RESULTS) -> dict[str, str]:
     for name, group, table in (
         ("language-models", "choices", _choices),
         ("paper", "paper", _paper),
+        ("paper-training", "paper", _beside_paper),
         ("reformer", "reformer", _beside_reformer),
     ):
-        if found := [curves[run] for run in GROUPS[group] if run in curves]:
-            tables[name] = f"{table(found)}\n\n{source(*(curve.environment for curve in found))}."
+        found = [curves[run] for run in GROUPS[group] if run in curves]
+        if found and (made := table(found)):
+            tables[name] = f"{made}\n\n{_source(group, found)}."
     for name, group in (("sooner", "headline"), ("longer", "longer")):
         if pairs := pairs_of(curves, group):
-            environments = [curve.environment for pair in pairs for curve in pair]
-            tables[name] = f"{_sooner(pairs)}\n\n{source(*environments)}."
+            tables[name] = f"{_sooner(pairs)}\n\n{_source(group, [curve for pair in pairs for curve in pair])}."
     return tables
 
 
+def _source(group: str, curves: list[Curve]) -> str:
+    """The command for the group, whatever else was measured with it."""
+    of_group = {"command": f"python benchmarks/language_models.py {group}", "file": f"results/{RESULTS.name}"}
+    return source(*(curve.environment | of_group for curve in curves))
+
+
 def pairs_of(curves: dict[Run, Curve], group: str) -> list[tuple[Curve, Curve]]:
-    """The dense and the sparse run of each length and seed of a group, where both are done; the shortest first."""
+    """The pairs of a group of dense and sparse runs by turns of which both are done, the shortest first."""
     runs = GROUPS[group]
     pairs = zip(runs[::2], runs[1::2], strict=True)
     done = [(curves[dense], curves[sparse]) for dense, sparse in pairs if dense in curves and sparse in curves]
@@ -83,6 +91,24 @@ def _paper(curves: list[Curve]) -> str:
     return markdown(rows)
 
 
+def _beside_paper(curves: list[Curve]) -> str:
+    """How much faster than dense models the paper's kinds train, ours and as it says of its own; "" without a pair."""
+    rows = [
+        ["layers", "T", "the paper's, over its dense model", "ours, over cuDNN's", "ours, loss over dense, nats a byte"]
+    ]
+    of_enwik8 = {(curve.run.attention, curve.run.length): curve for curve in curves if curve.run.text == "enwik8"}
+    for attention, factors in paper()["training_speedup"].items():
+        for length, factor in factors.items():
+            curve, dense = (of_enwik8.get((name, int(length))) for name in (attention, "dense"))
+            if curve is None or dense is None:
+                continue
+            same = curve.environment["device"] == dense.environment["device"]
+            speedup = curve.tokens_per_second() / dense.tokens_per_second() if same else None
+            loss = f"{curve.final['loss'] - dense.final['loss']:+.3f}"
+            rows.append([KINDS[attention].words, length, f"{factor}x", or_dash(speedup, "{:.2f}x"), loss])
+    return markdown(rows) if rows[1:] else ""
+
+
 def _speed(curve: Curve, first: Curve) -> str:
     """Tokens a second, and the device in brackets if it is another than the first one's of a table."""
     here = curve.environment["device"] == first.environment["device"]
@@ -90,8 +116,8 @@ def _speed(curve: Curve, first: Curve) -> str:
 
 
 def _beside_reformer(curves: list[Curve]) -> str:
-    """Exact buckets, Reformer's chunks and dense attention, text by text."""
-    rows = [["data", "layers", "loss, nats", "bits", "perplexity", "tokens/s", "peak memory"]]
+    """Exact buckets, Reformer's chunks and dense attention, text by text; below, what the paper says of its own."""
+    rows = [["data", "layers", "loss, nats", "bits a byte or pixel", "perplexity", "tokens/s", "peak memory"]]
     for curve in curves:
         loss = curve.final["loss"]
         rows.append(
@@ -105,6 +131,11 @@ def _beside_reformer(curves: list[Curve]) -> str:
                 or_dash(curve.peak_bytes and curve.peak_bytes / 2**30, "{:.1f} GiB"),
             ]
         )
+    for text, length in dict.fromkeys((curve.run.text, curve.run.length) for curve in curves):
+        for layers, said in paper()["quality"].get(text, {}).items():
+            loss = math.log(said["perplexity"]) if "perplexity" in said else math.log(2) * said["bits"]
+            quality = f"{loss:.3f}", f"{loss / math.log(2):.3f}", f"{math.exp(loss):.3f}"
+            rows.append([f"{text}, {length} tokens", f"the paper's, {layers}", *quality, "-", "-"])
     return markdown(rows)
 
 

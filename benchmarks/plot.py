@@ -1,11 +1,12 @@
 """Draws speed-up over dense attention by length, beside what can be had and what the paper measured.
 
-python benchmarks/plot.py            docs/speedup.png, sweeps-*.png, language-*.png, and tables of README.md and docs/
+python benchmarks/plot.py            docs/speedup.png, sweeps-*.png, language-*.png, coverage.png, and all tables
 python benchmarks/plot.py --table    prints the tables and writes nothing
 
 All of ours comes from results/density-gpu.json and results/attention-gpu-end-to-end.json: forward + backward, whole
 calls, over cuDNN's dense causal attention in the same run. The ceiling is dense attention's time for the visible pairs
-alone: a speed-up of 1 / density. `plot_sweeps.py` and `plot_language.py` draw the others, of results that are there.
+alone: a speed-up of 1 / density. `plot_sweeps.py`, `plot_language.py` and `plot_coverage.py` draw the others, of
+results that are there.
 """
 
 import argparse
@@ -16,6 +17,8 @@ from environment import ROOT, device
 from figures import INK, by_length, entry, figure_of, finish, finish_figure, legend
 from language_results import RESULTS as LANGUAGE
 from pattern_names import brief
+from plot_coverage import MEASURED as COVERAGE
+from plot_coverage import draw_coverage
 from plot_language import draw_language
 from plot_sweeps import draw_sweeps
 from sweep_results import SWEEPS, paper
@@ -24,10 +27,6 @@ from tables import PAGES, SINGLE, SWEPT, Records, load, tables, write_pages
 PICTURE = ROOT / "docs" / "speedup.png"
 COLOURS = {"hash16": "#0072B2", "hash64": "#009E73", "qk50": "#E69F00", "qk70": "#D55E00"}  # Okabe and Ito
 PANELS = {"Hash-sparse": ("hash16", "hash64"), "QK-sparse": ("qk50", "qk70")}
-
-# "Faster Causal Attention Over Large Sequences Through Sparse Flash Attention", arXiv 2306.01160, on whole training
-# steps of 16 buckets; its times of attention alone are in results/paper-a100.json.
-PAPER_TRAINING = {"hash16": [(8192, 2.0), (16_384, 3.3)]}
 
 
 def main() -> None:
@@ -44,6 +43,7 @@ def main() -> None:
     draw(args.out)
     drawn = draw_sweeps(SWEEPS, args.out.parent) if SWEEPS.exists() else []
     drawn += draw_language(LANGUAGE, args.out.parent) if LANGUAGE.exists() else []
+    drawn += draw_coverage(COVERAGE, args.out.parent)
     write_pages()
     print(f"written to {', '.join(map(str, (args.out, *drawn, *PAGES)))}")
 
@@ -88,8 +88,15 @@ def _draw_pattern(ax: Any, pattern: str, swept: Records, single: Records) -> Non
         s=45,
         zorder=4,
     )
-    training = PAPER_TRAINING.get(pattern, [])
-    ax.scatter(*_columns(training), facecolor="white", edgecolor=colour, marker="D", s=40, zorder=4)
+    training = measured["training_speedup"].get(pattern, {})
+    ax.scatter(
+        *_columns([(int(length), x) for length, x in training.items()]),
+        facecolor="white",
+        edgecolor=colour,
+        marker="D",
+        s=40,
+        zorder=4,
+    )
 
 
 def _speedup(record: dict[str, Any]) -> float:

@@ -47,6 +47,15 @@ def main() -> None:
     print(f"written to {args.out}, from {', '.join(path.name for path in args.result)}")
 
 
+def draw_coverage(data: list[Path], folder: Path) -> list[Path]:
+    """Writes the figure into a folder, and returns its path; none where nothing has been measured."""
+    results = [json.loads(path.read_text()) for path in data if path.exists()]
+    if not any(result["coverage"] for result in results):
+        return []
+    draw(results, folder / PICTURE.name)
+    return [folder / PICTURE.name]
+
+
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Writes the figure, of the first result that has coverage and the first that has times."""
     figure = figure_of(13.2, 5.2)

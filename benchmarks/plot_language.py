@@ -3,6 +3,7 @@
 `plot.py` calls this where there are results; by itself: python benchmarks/plot_language.py
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,16 @@ def draw_language(data: Path, folder: Path) -> list[Path]:
     curves = load_curves(data)
     chosen = [curves[run] for run in GROUPS["choices"] if run in curves]
     paper = [curves[run] for run in GROUPS["paper"] if run in curves]
+    dense = next((curve for curve in chosen if curve.run.attention == "dense"), None)
     figures: dict[Path, tuple[Callable[[Path, list[Any]], None], list[Any]]] = {
         folder / HEADLINE: (_draw_pairs, pairs_of(curves, "headline")),
         folder / LONGER: (_draw_pairs, pairs_of(curves, "longer")),
         folder / PAPER: (_draw_paper, paper),
         folder / CHOICES: (_draw_choices, chosen),
-        folder / PROGRESS: (_draw_progress, [curve for curve in chosen if curve.run.attention in HASHING]),
+        folder / PROGRESS: (
+            functools.partial(_draw_progress, dense=dense),
+            [curve for curve in chosen if curve.run.attention in HASHING],
+        ),
     }
     for path, (draw, shown) in figures.items():
         if shown:
@@ -45,7 +50,7 @@ def draw_language(data: Path, folder: Path) -> list[Path]:
 def _draw_pairs(path: Path, pairs: list[tuple[Curve, Curve]]) -> None:
     """A panel for each length, a line for each run."""
     lengths = sorted({dense.run.length for dense, _ in pairs})
-    figure = figure_of(max(6.4, 3.4 * len(lengths) + 0.2), 4.4)
+    figure = figure_of(10.4 if len(lengths) > 1 else 6.4, 4.4)
     for ax, length in zip(figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0], lengths, strict=True):
         of_length = [pair for pair in pairs if pair[0].run.length == length]
         for pair in of_length:
@@ -136,8 +141,8 @@ def _draw_choices(path: Path, curves: list[Curve]) -> None:
     finish_figure(figure, f"What layers see: after {run.steps} steps at {run.length // 1024}k tokens", path)
 
 
-def _draw_progress(path: Path, curves: list[Curve]) -> None:
-    """How visible pairs, layer by layer, and step time change as models learn, a column for each kind."""
+def _draw_progress(path: Path, curves: list[Curve], dense: Curve | None) -> None:
+    """How visible pairs, layer by layer, and step time change as models learn, a column for each kind beside dense."""
     figure = figure_of(3.1 * len(curves) + 0.4, 5.6)
     tops, bottoms = figure.subplots(2, len(curves), sharex=True, sharey="row", squeeze=False)
     for top, bottom, curve in zip(tops, bottoms, curves, strict=True):
@@ -146,16 +151,23 @@ def _draw_progress(path: Path, curves: list[Curve]) -> None:
             top.plot(curve.steps, visible, color=colour, linewidth=1.3, label=f"layer {layer + 1}")
         keys = "shared" if curve.run.kind.shared else "own"
         top.set_title(f"{curve.run.kind.words}\n{keys} keys", color=INK, fontsize=10)
-        seconds = (curve.seconds[1:] - curve.seconds[:-1]) / (curve.steps[1:] - curve.steps[:-1])
-        bottom.plot(curve.steps[1:], _smoothed(1e3 * seconds), color=SPARSE, linewidth=1.6)
+        bottom.plot(curve.steps[1:], _step_ms(curve), color=SPARSE, linewidth=1.6)
+        if dense is not None:
+            bottom.plot(dense.steps[1:], _step_ms(dense), color=DENSE, linewidth=1.6, label=dense.run.kind.words)
         bottom.set_xlabel("step", color=INK)
         finish(top)
         finish(bottom)
     for ax, label in ((tops[0], "share of visible pairs"), (bottoms[0], "ms a step")):
         ax.set_ylabel(label, color=INK)
         ax.set_ylim(bottom=0)
-    legend(figure, tops[0].get_lines(), *(curve.environment for curve in curves), ncols=6)
+    lines = [*tops[0].get_lines(), *bottoms[0].get_lines()[1:]]
+    legend(figure, lines, *(curve.environment for curve in (*curves, *filter(None, [dense]))), ncols=7)
     finish_figure(figure, "Buckets and step time while models learn, medians of 100 steps", path)
+
+
+def _step_ms(curve: Curve) -> np.ndarray:
+    """Milliseconds a step between records."""
+    return _smoothed(1e3 * np.diff(curve.seconds) / np.diff(curve.steps))
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:

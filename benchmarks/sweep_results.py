@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from environment import ROOT
+from environment import ROOT, load_result
 from pattern_names import parted
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -38,7 +38,7 @@ def measured_before(path: Path, environment: dict[str, Any]) -> tuple[dict[str, 
 
 def load_rows(path: Path) -> tuple[dict[str, Any], Rows]:
     """Returns the environment of a file, and what was measured."""
-    result = json.loads(path.read_text())
+    result = load_result(path)
     rows = {
         (row["method"], row["pattern"], row["heads"], row["length"]): {
             part: 1e3 * seconds["median"] for part, seconds in row["seconds"].items()
@@ -49,7 +49,7 @@ def load_rows(path: Path) -> tuple[dict[str, Any], Rows]:
 
 
 def paper() -> dict[str, Any]:
-    """Returns what the paper measured of attention alone: its shape, device, and milliseconds of each pattern."""
+    """Returns what the paper measured: shape, device and milliseconds of attention alone, and how models trained."""
     return json.loads(PAPER.read_text())
 
 

@@ -1,12 +1,13 @@
 """The paper's run-time sweeps: time by length, buckets and dropped shares, beside dense, masked and FlexAttention.
 
 python benchmarks/sweeps.py                        all of it; JSON to benchmarks/results/, row by row
+python benchmarks/sweeps.py --draw docs            and its figures into that folder
 python benchmarks/sweeps.py --resume               goes on with the rows that the file has, of this commit and device
 python benchmarks/sweeps.py --lengths 32768 --heads 48 --methods dense sparse
 python benchmarks/sweeps.py --quick                tiny lengths, to see that it runs, on a CPU too
 
 Thousands of kernels take long to compile: `--processes` do it side by side, then time one after the other.
-`plot.py` draws the figures, and makes the tables.
+`plot.py` draws the same figures, and makes the tables.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 
 from environment import environment, written
 from flex_process import has_torch
+from plot_sweeps import draw_sweeps
 from sweep_cases import BATCH, FLEX_LENGTHS, HEAD_DIM, HEADS, LENGTHS, METHODS, PARTS, SweepCase, sweep_cases
 from sweep_results import RESULTS, measured_before
 from sweep_workers import FlexCases, Options, Record, Workers, in_this_process, probed
@@ -60,6 +62,8 @@ def main() -> None:
             print(_line(rows[-1]), flush=True)
             keep()
         print(f"{len(cases)} cases, {len(out)} of them left out, in {time.monotonic() - began:.0f} s")
+    if args.draw is not None and path is not None:
+        print(f"written to {', '.join(map(str, draw_sweeps(path, args.draw)))}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -75,7 +79,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=5, help="of which the median is taken; of long calls fewer")
     parser.add_argument("--implementation", help='"mosaic", "triton" or "xla"; default picks for the device')
     parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/sweeps-PLATFORM.json")
+    parser.add_argument("--draw", type=Path, help="folder for figures of the result, drawn when all is measured")
     args = parser.parse_args()
+    if args.draw is not None and args.quick and args.out is None:
+        parser.error("--draw has nothing to draw: --quick writes a result with --out alone")
     args.processes = args.processes or (1 if args.quick else 14)
     return args
 

@@ -4,11 +4,12 @@ import functools
 import json
 import math
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
 from device_tables import device_tables
-from environment import ROOT, source
+from environment import ROOT, load_result, source
 from language_tables import language_tables
 from markdown_table import markdown
 from pattern_names import words
@@ -19,6 +20,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SHOWN = {"hash16": "16 buckets", "hash64": "64 buckets", "qk50": "half of q and k dropped", "qk70": "70 % dropped"}
 SWEPT, SINGLE, STEPS = "density-gpu.json", "attention-gpu-end-to-end.json", "train-step-gpu.json"
 BLOCKS = ("blocks-gpu.json", "blocks-gpu-64k.json")
+DRAWS = "evaluation-draws-cpu.json"
 BOTH = "forward_backward"
 PAGES = {
     "README.md": ("speed-up", "end-to-end", "sooner", "blocks", "training-step", "break-even"),
@@ -26,8 +28,8 @@ PAGES = {
     "docs/patterns.md": ("patterns",),
     "docs/devices.md": ("scaling", "divided-sequences"),
     "docs/results.md": (
-        *("sooner", "longer", "paper", "language-models", "speed-up", "end-to-end", "sweeps", "sweeps-paper"),
-        *("reformer", "blocks", "training-step"),
+        *("sooner", "longer", "paper", "paper-training", "language-models", "evaluation-draws", "speed-up"),
+        *("end-to-end", "sweeps", "sweeps-others", "sweeps-paper", "reformer", "blocks", "training-step"),
     ),
 }
 """Pages by their path, and the tables that each has."""
@@ -36,7 +38,7 @@ Records = dict[tuple[str, int], dict[str, Any]]
 
 def load(name: str) -> tuple[dict[str, Any], Records]:
     """Returns the environment of a result, and its whole calls at N12 H64 by pattern and length."""
-    result = json.loads((RESULTS / name).read_text())
+    result = load_result(RESULTS / name)
     records = {}
     for record in result["cases"]:
         named = re.fullmatch(r"B\d+-T(\d+)-N12-H64-(\w+)-bf16", record["case"])
@@ -59,6 +61,7 @@ def tables() -> dict[str, str]:
         **device_tables(),
         **sweep_tables(),
         **language_tables(),
+        "evaluation-draws": _evaluation_draws(),
     }
 
 
@@ -119,7 +122,7 @@ def _end_to_end() -> str:
 
 def _training_step() -> str:
     """Steps by length: milliseconds, tokens a second, MFU, what is visible, and how much faster than dense ones."""
-    result = json.loads((RESULTS / STEPS).read_text())
+    result = load_result(RESULTS / STEPS)
     speeds = ["ms a step", "of all samples", "tokens/s", "MFU"]
     rows = [["T", "attention", *speeds, "visible, first to last step", "over cuDNN", "over Pallas-Triton"]]
     for step in result["steps"]:
@@ -139,9 +142,27 @@ def _training_step() -> str:
     return f"{markdown(rows)}\n\n{source(result['environment'])}."
 
 
+def _evaluation_draws() -> str:
+    """Held-out loss by the draw of hashes or drops that a run evaluates with, and by others."""
+    result = load_result(RESULTS / DRAWS)
+    rows = [["layers", "trained on", "loss, the run's own draw", "other draws, mean", "least to most"]]
+    for run in result["runs"]:
+        others = run["others"]
+        rows.append(
+            [
+                words(f"hash{run['buckets']}" if run["attention"] == ["hash"] else f"qk{100 * run['rate']:.0f}"),
+                "the draw that evaluates" if run["fixed_draws"] else "a new draw each step",
+                f"{run['own']:.3f}",
+                f"{statistics.mean(others):.3f}",
+                f"{min(others):.3f} to {max(others):.3f}",
+            ]
+        )
+    return f"{markdown(rows)}\n\n{source(result['environment'])}."
+
+
 def _blocks() -> str:
     """Whole calls over block masks, forward + backward: how much faster than cuDNN dense ours and FlexAttention are."""
-    results = [json.loads((RESULTS / name).read_text()) for name in BLOCKS]
+    results = [load_result(RESULTS / name) for name in BLOCKS]
     speedups: dict[tuple[int, int], dict[int, str]] = {}
     for case in (case for result in results for case in result["cases"] if case["kind"] == "blocks"):
         flex = case["seconds"]["dense"]["median"] / case["flex_seconds"][BOTH]
@@ -151,14 +172,14 @@ def _blocks() -> str:
     rows = [["T", "blocks of", *(f"{percent} % of causal's" for percent in percents)]]
     for (length, block), of_shape in sorted(speedups.items()):
         rows.append([str(length), str(block), *(of_shape[percent] for percent in percents)])
-    return f"{markdown(rows)}\n\n{source(results[0]['environment'])}."
+    return f"{markdown(rows)}\n\n{source(*(result['environment'] for result in results))}."
 
 
 def _patterns() -> str:
     """One call of each pattern at the longest length, forward + backward, over cuDNN's dense causal attention."""
     environment, swept = load(SWEPT)
     longest = max(length for _, length in swept)
-    result = json.loads((RESULTS / BLOCKS[1]).read_text())
+    result = load_result(RESULTS / BLOCKS[1])
     cases = [(words(name), swept[name, longest], BOTH) for name in SHOWN]
     for case in result["cases"]:
         name = {

@@ -3,9 +3,12 @@
 import ast
 import functools
 import importlib.util
+import os
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -59,6 +62,23 @@ def test_commands_are_there(page):
             config = parse(words[1:])
             if config.distributed == DistributedConfig() and jax.device_count() >= 8:
                 make_layout(config)
+        elif BUILD_TOOLS.isdisjoint(words):
+            options = {word for word in words if word.startswith("--")}
+            assert not options or options <= set(re.findall(r"--[\w-]+", said_by_help(words))), words
+
+
+def said_by_help(words):
+    command = words[:2] if words[0] == "-m" else words[:1]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *command, "--help"], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_sentences_are_there(page):
+    for script in re.findall(r"`python ([\w/.]+\.py)", (ROOT / page).read_text()):
+        assert (ROOT / script).is_file(), script
 
 
 @functools.cache

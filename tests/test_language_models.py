@@ -129,6 +129,10 @@ def test_figures_and_tables(modules, tmp_path):
         "| 16 buckets | 1.000 | 655 k | 1.000 | 655 k |\n| 50 % of q and k dropped | 1.000 | 655 k | - | - |"
         in tables["paper"]
     )
+    assert "paper-training" not in tables  # without a dense model that has shared keys
+    _write(tmp_path, modules, "dense", 10.0, [3.0, 2.5, 1.5, 0.5])
+    tables = modules["language_tables"].language_tables(tmp_path)
+    assert "| 50 % of q and k dropped | 8192 | 2.6x | 2.00x | +0.500 |" in tables["paper-training"]
 
 
 def test_what_was_not_measured_is_left_out(modules, tmp_path):
@@ -160,7 +164,7 @@ def test_figures_and_tables_name_all_devices_and_commits(modules, tmp_path, monk
     made = modules["language_tables"].language_tables(tmp_path)
     assert made.keys() == {"sooner"}
     assert "| 655 k | 655 k (H100) |" in made["sooner"]
-    assert made["sooner"].endswith(f"on {both}.")
+    assert made["sooner"].endswith(f"language_models.py headline` on {both}; data: `results/language-models`.")
 
 
 def test_losses_over_draws(benchmark_module, tmp_path, monkeypatch):

@@ -45,7 +45,8 @@ def test_a_resumed_run_measures_what_failed_and_keeps_the_others(tmp_path):
     assert (sparse["method"], sparse["seconds"]) == ("sparse", {})
     assert "needs an NVIDIA GPU" in sparse["failed"]["all"]
 
-    said = _run(*choice, "--resume", "--processes", 2)
+    said = _run(*choice, "--resume", "--processes", 2, "--draw", tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"sweeps-hash.png", "sweeps-qk.png", "sweeps-paper.png"}
     result = json.loads(out.read_text())
     assert result["environment"]["platform"] == "cpu"
     assert result["flex_attention"] == "not run: no GPU"
