@@ -162,16 +162,24 @@ class Run(NamedTuple):
 
 
 _PAIR = ("dense-own-keys", "local-dense-own-keys")  # the strongest dense model, and what learned best in `choices`
+_DROPPING, _HASHING = "local-qk50-own-keys", "hash16-near-rotated-fixed-own-keys"
 _PAPER = ("hash8", "hash16", "hash32", "qk30", "qk50", "qk70")
 _BESIDE_REFORMER = ("dense", "hash16", "hash16-rounds4", "reformer", "reformer-rounds4")
 
-GROUPS: dict[str, tuple[Run, ...]] = {
-    "headline": tuple(
+
+def _over_lengths(*kinds: str) -> tuple[Run, ...]:
+    return tuple(
         Run("enwik8", length, STEPS, kind, seed)
         for seed in range(3)
         for length in (8192, 16_384, 32_768)
-        for kind in _PAIR
-    ),
+        for kind in kinds
+    )
+
+
+GROUPS: dict[str, tuple[Run, ...]] = {
+    "headline": _over_lengths(*_PAIR),
+    # The paper's methods where no layer sees all: the best of dropping and of buckets in `choices`, each beside dense.
+    "sparse": (*_over_lengths(_PAIR[0], _DROPPING), *_over_lengths(_PAIR[0], _HASHING)),
     # Whether what the headline says holds over three times as many steps.
     "longer": tuple(Run("enwik8", 16_384, 3 * STEPS, kind) for kind in _PAIR),
     # The paper's: one model, keys shared in all.

@@ -26,7 +26,7 @@ def language_tables(folder: Path = RESULTS) -> dict[str, str]:
         found = [curves[run] for run in GROUPS[group] if run in curves]
         if found and (made := table(found)):
             tables[name] = f"{made}\n\n{_source(group, found)}."
-    for name, group in (("sooner", "headline"), ("longer", "longer")):
+    for name, group in (("sooner", "headline"), ("longer", "longer"), ("sparse", "sparse")):
         if pairs := pairs_of(curves, group):
             tables[name] = f"{_sooner(pairs)}\n\n{_source(group, [curve for pair in pairs for curve in pair])}."
     return tables
@@ -143,7 +143,8 @@ def _sooner(pairs: list[tuple[Curve, Curve]]) -> str:
     """Dense against the sparse model, pair by pair."""
     columns = [f"{name}, {what}" for what in ("bits per byte", "tokens/s") for name in ("dense", "other")]
     late = f"dense after {max(pairs[0][0].held_out)} steps, nats a byte"
-    rows = [["T", "seed", *columns, late, "reached by dense", "by other", "sooner"]]
+    several = len({sparse.run.kind for _, sparse in pairs}) > 1
+    rows = [[*(["other"] if several else []), "T", "seed", *columns, late, "reached by dense", "by other", "sooner"]]
     for dense, sparse in pairs:
         both = dense, sparse
         met = sooner(dense, sparse)
@@ -152,5 +153,6 @@ def _sooner(pairs: list[tuple[Curve, Curve]]) -> str:
         )
         bits = [f"{curve.final['bits_per_byte']:.3f}" for curve in both]
         speeds = [_speed(curve, pairs[0][0]) for curve in both]
-        rows.append([str(dense.run.length), str(dense.run.seed), *bits, *speeds, *at])
+        other = [sparse.run.kind.words] if several else []
+        rows.append([*other, str(dense.run.length), str(dense.run.seed), *bits, *speeds, *at])
     return markdown(rows)

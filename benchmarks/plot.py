@@ -124,7 +124,9 @@ def _entries(swept_on: dict[str, Any], single_on: dict[str, Any]) -> list[Any]:
     point: dict[str, Any] = {"linestyle": "", "markerfacecolor": "white"}
     return [
         entry(f"ours over cuDNN, {device(swept_on)},\ncommit {swept_on['commit'][:7]}", marker="o", markersize=4),
-        entry(f"ours over cuDNN,\ncommit {single_on['commit'][:7]}", linestyle="", marker="*", markersize=10),
+        entry(
+            f"the same, {device(single_on)},\ncommit {single_on['commit'][:7]}", linestyle="", marker="*", markersize=10
+        ),
         entry("ceiling: dense time for\nthe visible pairs alone", linestyle=(0, (5, 4)), linewidth=1),
         entry("paper over FlashAttention, A100,\nread off its figures", marker="s", **point),
         entry("paper over FlashAttention,\nwhole training steps", marker="D", **point),

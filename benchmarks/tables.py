@@ -28,7 +28,7 @@ PAGES = {
     "docs/patterns.md": ("patterns",),
     "docs/devices.md": ("scaling", "divided-sequences"),
     "docs/results.md": (
-        *("sooner", "longer", "paper", "paper-training", "language-models", "evaluation-draws", "speed-up"),
+        *("sooner", "longer", "sparse", "paper", "paper-training", "language-models", "evaluation-draws", "speed-up"),
         *("end-to-end", "sweeps", "sweeps-others", "sweeps-paper", "reformer", "blocks", "training-step"),
     ),
 }
