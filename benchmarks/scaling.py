@@ -6,7 +6,7 @@ python benchmarks/scaling.py --quick                          a tiny model, to s
 
 The step is that of `train_step.py`, with `--tokens` tokens for each device of the mesh. Efficiency is tokens a second
 over those of one device in the same run, times their number: 1 at best. Each mesh is compiled by a process of its own,
-`--processes` side by side, and timed when all of those have compiled, one by one.
+`--processes` side by side, and timed when all of those have compiled, one by one, over as many steps.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from training.step import TrainState, init_state, make_train_step, structure_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LENGTH, TOKENS, BUCKETS = 16_384, 32_768, 16
+STEPS = 5  # of a sample, of each mesh as many: buckets change as the model learns
 
 
 def main() -> None:
@@ -113,7 +114,7 @@ def _measured(args: argparse.Namespace, mesh: str, parallel: str) -> dict[str, A
     with beside():
         step, state, batch, compile_seconds = _compiled(config, vocabulary(quick=args.quick))
     with alone():
-        timing, last = time_steps(step, state, batch, args.samples)
+        timing, last = time_steps(step, state, batch, args.samples, STEPS)
     return {
         "devices": devices,
         "batch": config.batch.size,

@@ -131,13 +131,21 @@ def _measured(variant: Variant, length: int, tokens: int, samples: int, *, quick
 
 
 def time_steps(
-    step: jax.stages.Compiled, state: TrainState, batch: jax.Array, samples: int
+    step: jax.stages.Compiled, state: TrainState, batch: jax.Array, samples: int, steps: int | None = None
 ) -> tuple[Timing, StepMetrics]:
-    """Times a step, which consumes its state; returns seconds a step, and what the last one measured."""
+    """Times a step, which consumes its state; returns seconds a step, and what the last one measured.
+
+    Args:
+        step: compiled.
+        state: from which it begins; the model learns on.
+        batch: of each step.
+        samples: of which the median is taken.
+        steps: of a sample; None for as many as take `SAMPLE_SECONDS`.
+    """
     state, metrics = jax.block_until_ready(step(state, batch))
     start = time.perf_counter()
     state, metrics = jax.block_until_ready(step(state, batch))
-    steps = min(MOST_STEPS, math.ceil(SAMPLE_SECONDS / (time.perf_counter() - start)))
+    steps = steps or min(MOST_STEPS, math.ceil(SAMPLE_SECONDS / (time.perf_counter() - start)))
 
     def several() -> TrainState:
         nonlocal state, metrics
