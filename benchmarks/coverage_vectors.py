@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from loaded_run import load_run
 from selection import Shape as Shape  # which finds the packages beside this folder
 
 from sparse_flash_jax.flax.heads import place
 from sparse_flash_jax.flax.shared_keys import normalise
-from training.data import load_corpus
-from training.errors import CheckpointError, DataError
 from training.step import evaluation_key
-from training.trained import Trained, load_trained
+from training.trained import Trained
 
 HEAD_DIM = 64
 CENTRES = 64
@@ -81,17 +80,13 @@ def of_run(run: Path, layer: int | None) -> Callable[..., Vectors]:
         SystemExit: if there is no such run, its text cannot be read, its keys are not shared, or it has no such layer;
             of the function, if it has too few tokens or learned positions.
     """
-    try:
-        trained = load_trained(run)
-        text = load_corpus(trained.config.data, trained.tokenizer, trained.config.batch.length).held_out.tokens
-    except (CheckpointError, DataError) as error:
-        raise SystemExit(str(error)) from None
+    trained, held_out = load_run(run)
     count = len(trained.model.blocks)
     if not trained.config.model.shared_qk:
         raise SystemExit(f"{run} has keys of its own: coverage is of models with --model.shared-qk")
     if layer is not None and not 0 <= layer < count:
         raise SystemExit(f"{run} has layers 0 to {count - 1}, not {layer}")
-    return functools.partial(_of_trained, trained, text, count // 2 if layer is None else layer)
+    return functools.partial(_of_trained, trained, held_out.tokens, count // 2 if layer is None else layer)
 
 
 def _of_trained(trained: Trained, text: np.ndarray, layer: int, length: int, heads: int) -> Vectors:

@@ -8,19 +8,20 @@ others on a new one at each step.
 """
 
 import argparse
+import functools
 import statistics
 from pathlib import Path
 from typing import Any
 
 from environment import environment, written
 from flax import nnx
+from loaded_run import load_run
 
 from training.batches import evaluation_batches
-from training.data import Stream, load_corpus
-from training.errors import CheckpointError, DataError
+from training.data import Stream
 from training.evaluation import evaluate
-from training.step import make_evaluation_step
-from training.trained import Trained, load_trained
+from training.step import evaluation_key, make_evaluation_step
+from training.trained import Trained
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OTHERS = 1000  # seeds from here on draw what no run did
@@ -29,7 +30,7 @@ OTHERS = 1000  # seeds from here on draw what no run did
 def main() -> None:
     """Evaluates, prints a table, writes JSON."""
     args = _arguments()
-    loaded = [_loaded(run) for run in args.runs]  # what cannot be read ends this before anything is written
+    loaded = [load_run(run) for run in args.runs]  # what cannot be read ends this before anything is written
     described = environment()
     result: dict[str, Any] = {"environment": described, "runs": []}
     path = args.out or RESULTS / f"evaluation-draws-{described['platform']}.json"
@@ -53,19 +54,6 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _loaded(run: Path) -> tuple[Trained, Stream]:
-    """Returns the model of a run's newest checkpoint and its held-out text.
-
-    Raises:
-        SystemExit: if either cannot be read.
-    """
-    try:
-        trained = load_trained(run)
-        return trained, load_corpus(trained.config.data, trained.tokenizer, trained.config.batch.length).held_out
-    except (CheckpointError, DataError) as error:
-        raise SystemExit(str(error)) from None
-
-
 def _measured(trained: Trained, held_out: Stream, windows: int, draws: int) -> dict[str, Any]:
     """The run's settings, and its losses, nats a token."""
     config = trained.config
@@ -74,17 +62,16 @@ def _measured(trained: Trained, held_out: Stream, windows: int, draws: int) -> d
     structure, params = nnx.split(trained.model, nnx.Param)
     end_token = trained.tokenizer.end if config.data.separate_documents else None
 
-    def loss(seed: int) -> float:
-        step = make_evaluation_step(structure, seed, end_token, packed=packing == "documents")
-        return evaluate(step, params, batches).loss
+    step = make_evaluation_step(structure, config.seed, end_token, packed=packing == "documents")
+    drawn = lambda seed: functools.partial(step, key=evaluation_key(seed))
 
     return {
         **{name: getattr(config.model, name) for name in ("attention", "buckets", "rate", "fixed_draws")},
         "steps": config.steps,
         "length": batch.length,
         "windows": windows,
-        "own": loss(config.seed),
-        "others": [loss(OTHERS + number) for number in range(draws)],
+        "own": evaluate(step, params, batches).loss,
+        "others": [evaluate(drawn(OTHERS + number), params, batches).loss for number in range(draws)],
     }
 
 

@@ -17,6 +17,7 @@ NAMES = ("language_runs", "language_results", "language_tables", "plot_language"
 MODEL = {"layers": 1, "width": 16, "heads": 1, "dtype": "float32"}
 SIZES = {"batch.length": 64, "batch.size": 2, "evaluation.windows": 2, "evaluation.final-windows": 2}
 OPTIONS = {"steps": 2, "log-every": 1, "evaluation.every": 1} | SIZES | {f"model.{k}": v for k, v in MODEL.items()}
+TEXT = "a text to learn by heart, line after line\n" * 400
 TINY = [word for name, value in OPTIONS.items() for word in (f"--{name}", str(value))]
 
 
@@ -43,7 +44,7 @@ def test_settings_are_those_of_the_kind(modules):
 
 def _run(folder, *more, commit="first", status=0):
     text = folder / "text.txt"
-    text.write_text("a text to learn by heart, line after line\n" * 400)
+    text.write_text(TEXT)
     command = [sys.executable, str(ROOT / "benchmarks" / "language_models.py"), "choices"]
     command += ["--only", "enwik8-8k-1000-hash16-fixed-seed0", "--runs", folder / "runs", "--out", folder / "out"]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "GIT_COMMIT": commit}
@@ -169,7 +170,7 @@ def test_figures_and_tables_name_all_devices_and_commits(modules, tmp_path, monk
 
 def test_losses_over_draws(benchmark_module, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
-    text.write_text("a text to learn by heart, line after line\n" * 400)
+    text.write_text(TEXT)
     train, draws = importlib.import_module("train"), benchmark_module("evaluation_draws")
     for kind, more in {"hash": ["--model.buckets", "8"], "dense": []}.items():
         settings = ["--data", str(text), "--attention", kind, *more, *TINY, "--sample.tokens", "0"]

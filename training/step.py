@@ -166,7 +166,7 @@ def make_train_step(
 
         def add(total, micro_batch):
             number, tokens = micro_batch
-            draws = _key(seed, _EVALUATION) if fixed_draws else jax.random.fold_in(key, number)
+            draws = evaluation_key(seed) if fixed_draws else jax.random.fold_in(key, number)
             (value, layers), grads = gradient(state.params, tokens, draws, count)
             return jax.tree.map(jnp.add, total, (value, _float32(grads))), layers
 
@@ -200,16 +200,18 @@ def _after_finite(finite: Bool[Array, ""], after: TrainState, before: TrainState
 
 def make_evaluation_step(
     structure: nnx.GraphDef, seed: int, end_token: int | None, *, packed: bool = False
-) -> Callable[[nnx.State, Tokens, Float32[Array | np.ndarray, "B T"]], Float32[Array, ""]]:
+) -> Callable[..., Float32[Array, ""]]:
     """Makes a function of parameters, tokens [B length+1] and weights [B length] that sums the weighted losses.
 
-    Hashes and drops come from a fixed key: the same parameters always give the same result.
+    Hashes and drops come from a fixed key: the same parameters always give the same result. `key=` gives another.
     """
-    return jax.jit(
-        lambda params, tokens, weights: _total_loss(
-            structure, params, tokens, weights, _key(seed, _EVALUATION), end_token, packed
-        )[0]
-    )
+
+    @jax.jit
+    def evaluation_step(params, tokens, weights, key: PRNGKeyArray | None = None):
+        key = evaluation_key(seed) if key is None else key
+        return _total_loss(structure, params, tokens, weights, key, end_token, packed)[0]
+
+    return evaluation_step
 
 
 def _total_loss(structure, params, tokens, weights, key: PRNGKeyArray, end_token: int | None, packed: bool):
