@@ -43,7 +43,7 @@ def main() -> None:
     draw(args.out)
     drawn = draw_sweeps(SWEEPS, args.out.parent) if SWEEPS.exists() else []
     drawn += draw_language(LANGUAGE, args.out.parent) if LANGUAGE.exists() else []
-    drawn += draw_coverage(COVERAGE, args.out.parent)
+    drawn += draw_coverage(COVERAGE, args.out.parent / "coverage.png") if all(map(Path.exists, COVERAGE)) else []
     write_pages()
     print(f"written to {', '.join(map(str, (args.out, *drawn, *PAGES)))}")
 
@@ -80,23 +80,10 @@ def _draw_pattern(ax: Any, pattern: str, swept: Records, single: Records) -> Non
     ax.scatter(*_columns(points), color=colour, marker="*", s=110, zorder=3)
     measured = paper()
     ms = measured["forward_backward_ms"]
-    ax.scatter(
-        *_columns([(measured["length"], ms["flash"] / ms[pattern])]),
-        facecolor="white",
-        edgecolor=colour,
-        marker="s",
-        s=45,
-        zorder=4,
-    )
-    training = measured["training_speedup"].get(pattern, {})
-    ax.scatter(
-        *_columns([(int(length), x) for length, x in training.items()]),
-        facecolor="white",
-        edgecolor=colour,
-        marker="D",
-        s=40,
-        zorder=4,
-    )
+    alone = [(measured["length"], ms["flash"] / ms[pattern])]
+    training = [(int(length), x) for length, x in measured["training_speedup"].get(pattern, {}).items()]
+    for points, marker, size in ((alone, "s", 45), (training, "D", 40)):
+        ax.scatter(*_columns(points), facecolor="white", edgecolor=colour, marker=marker, s=size, zorder=4)
 
 
 def _speedup(record: dict[str, Any]) -> float:

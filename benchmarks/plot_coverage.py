@@ -40,27 +40,23 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=PICTURE, help="PNG or SVG; default docs/coverage.png")
     args = parser.parse_args()
-    results = [json.loads(path.read_text()) for path in args.result]
-    if not any(result["coverage"] for result in results):
+    if not draw_coverage(args.result, args.out):
         parser.error("no result has coverage: run benchmarks/coverage.py")
-    draw(results, args.out)
     print(f"written to {args.out}, from {', '.join(path.name for path in args.result)}")
 
 
-def draw_coverage(data: list[Path], folder: Path) -> list[Path]:
-    """Writes the figure into a folder, and returns its path; none where nothing has been measured."""
-    results = [json.loads(path.read_text()) for path in data if path.exists()]
-    if not any(result["coverage"] for result in results):
+def draw_coverage(data: list[Path], path: Path) -> list[Path]:
+    """Writes the figure, of the first result that has coverage and the first that has times.
+
+    Returns:
+        Its path; nothing where no coverage has been measured.
+    """
+    results = [json.loads(each.read_text()) for each in data]
+    counted = next((result for result in results if result["coverage"]), None)
+    if counted is None:
         return []
-    draw(results, folder / PICTURE.name)
-    return [folder / PICTURE.name]
-
-
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Writes the figure, of the first result that has coverage and the first that has times."""
     figure = figure_of(13.2, 5.2)
     pairs, weights, cost = figure.subplots(1, 3)
-    counted = next(result for result in results if result["coverage"])
     timed = next((result for result in results if result["speed"]), None)
     coverage = counted["coverage"]
     _draw_pairs(pairs, coverage)
@@ -77,6 +73,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         finish(ax)
     legend(figure, _entries(), *(each["environment"] for each in (counted, timed) if each), ncols=3)
     finish_figure(figure, "Exact buckets and Reformer's chunks, by length", path)
+    return [path]
 
 
 def _draw_pairs(ax: Any, coverage: Records) -> None:

@@ -13,6 +13,7 @@ import tyro
 
 Kind = Literal["dense", "local", "window", "hash", "qk", "block_top_k", "auto"]
 Packing = Literal["stream", "documents", "single"]
+Exchange = Literal["gather", "ring"]
 alias = tyro.conf.arg
 
 # Of default blocks: those of "MoBA", arXiv 2502.13189, at 8192 tokens; and what GPU kernels take at least.
@@ -269,7 +270,7 @@ class TrainConfig:
     batch; fsdp these and parameters and optimizer state; context the tokens of each sequence, for what is too long for
     one device; tensor heads, hidden units and vocabulary. Default: data over all devices if they divide --batch-size,
     else one device (an error in several processes)."""
-    exchange: Literal["gather", "ring"] = "gather"
+    exchange: Exchange = "gather"
     """How keys come to queries where --mesh divides sequences by context. gather: each device has all of a layer's,
     mostly faster; ring: two devices' parts at a time, for what does not fit."""
     parallel: Literal["jit", "pmap"] = "jit"

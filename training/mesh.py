@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ from models.transformer import TransformerConfig
 from sparse_flash_jax import Context
 from sparse_flash_jax.flax.pattern import QK, Dense
 from training.batches import Shard
-from training.config import TrainConfig
+from training.config import Exchange, TrainConfig
 from training.errors import ConfigError
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -54,7 +54,7 @@ class Layout(NamedTuple):
 
     mesh: Mesh | None
     pmap: bool = False
-    exchange: Literal["gather", "ring"] = "gather"
+    exchange: Exchange = "gather"
 
     def __str__(self) -> str:
         if self.mesh is None:
