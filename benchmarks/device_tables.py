@@ -8,7 +8,10 @@ from markdown_table import markdown, or_dash
 from pattern_names import words
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SCALED = ("scaling-gpu.json", "scaling-gpu-two-h100.json", "scaling-gpu-four.json", "exchange-steps-gpu.json")
+SCALED = (
+    *("scaling-gpu.json", "scaling-gpu-two-h100.json", "scaling-gpu-four.json"),
+    *("exchange-steps-gpu.json", "exchange-steps-gpu-one-array.json"),
+)
 """Files of steps over meshes, the latest last: of what several have, it is shown."""
 DIVIDED = ("context-gpu.json", "context-gpu-four.json", "context-gpu-four-64k.json")
 SUM_BYTES = "xla_gpu_all_reduce_combine_threshold_bytes"
@@ -23,11 +26,12 @@ def device_tables() -> dict[str, str]:
 
 def _scaling() -> str:
     """Training steps over meshes, each beside one device of the same run; what was measured anew, as it was last."""
-    last = {}
-    for result in (load_result(RESULTS / name) for name in SCALED):
-        for step in (step for step in result["steps"] if step["devices"] > 1):
-            environment = result["environment"] | {"commit": step.get("commit", result["environment"]["commit"])}
-            last[_what(step, environment)] = step, environment
+    last = {
+        _what(step, result["environment"]): (step, result["environment"])
+        for result in (load_result(RESULTS / name) for name in SCALED)
+        for step in result["steps"]
+        if step["devices"] > 1
+    }
     titles = ["devices", "attention", "tokens a device", "mesh", "gradients are summed", "ms a step", "tokens/s"]
     rows = [[*titles, "efficiency", "memory a device"]]
     for what, (step, _) in sorted(last.items()):
