@@ -10,7 +10,7 @@ from pattern_names import words
 RESULTS = Path(__file__).resolve().parent / "results"
 SCALED = (
     *("scaling-gpu.json", "scaling-gpu-two-h100.json", "scaling-gpu-four.json"),
-    *("exchange-steps-gpu.json", "exchange-steps-gpu-one-array.json"),
+    *("scaling-gpu-context-gather.json", "scaling-gpu-context-ring.json"),
 )
 """Files of steps over meshes, the latest last: of what several have, it is shown."""
 DIVIDED = ("context-gpu.json", "context-gpu-four.json", "context-gpu-four-64k.json")

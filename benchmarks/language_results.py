@@ -79,20 +79,20 @@ def _added_up(seconds: list[float]) -> np.ndarray:
     return times + np.cumsum(restarts)
 
 
-def sooner(slow: Curve, fast: Curve) -> tuple[float, float, float] | None:
+def sooner(slow: Curve, fast: Curve) -> tuple[float, float, float | None]:
     """When a run reaches the loss that another had at its last evaluation in between, on the same windows.
 
     Returns:
-        That loss, and the seconds that it took the one and the other; None where the other never reached it.
+        That loss, and the seconds that it took the one and the other, None where the other never reached it.
     """
     last = max(slow.held_out)
-    loss = slow.held_out[last]
+    loss, seconds = slow.held_out[last], slow.seconds_at(last)
     steps = sorted(fast.held_out)
     for before, after in zip([None, *steps], steps, strict=False):
         if fast.held_out[after] > loss:
             continue
         if before is None:
-            return loss, slow.seconds_at(last), fast.seconds_at(after)
+            return loss, seconds, fast.seconds_at(after)
         share = (fast.held_out[before] - loss) / (fast.held_out[before] - fast.held_out[after])
-        return loss, slow.seconds_at(last), fast.seconds_at(before + share * (after - before))
-    return None
+        return loss, seconds, fast.seconds_at(before + share * (after - before))
+    return loss, seconds, None

@@ -10,6 +10,7 @@ from markdown_table import markdown, or_dash
 from sweep_results import paper
 
 DENSE = "dense-own-keys"
+BESIDE_DENSE = ("headline", "sparse")
 TEXTS = {"enwik8": "enwik8", "eltec": "novels"}
 
 
@@ -28,8 +29,14 @@ def language_tables(folder: Path = RESULTS) -> dict[str, str]:
             tables[name] = f"{made}\n\n{_source(group, found)}."
     for name, group in (("sooner", "headline"), ("longer", "longer"), ("sparse", "sparse")):
         if pairs := pairs_of(curves, group):
-            tables[name] = f"{_sooner(pairs)}\n\n{_source(group, [curve for pair in pairs for curve in pair])}."
+            tables[name] = f"{_sooner(pairs)}\n\n{_source(group, _each(pairs))}."
+    if pairs := beside_dense(curves):
+        tables["seeds"] = f"{_over_seeds(pairs)}\n\n{_source(' '.join(BESIDE_DENSE), _each(pairs))}."
     return tables
+
+
+def _each(pairs: list[tuple[Curve, Curve]]) -> list[Curve]:
+    return [curve for pair in pairs for curve in pair]
 
 
 def _source(group: str, curves: list[Curve]) -> str:
@@ -39,11 +46,17 @@ def _source(group: str, curves: list[Curve]) -> str:
 
 
 def pairs_of(curves: dict[Run, Curve], group: str) -> list[tuple[Curve, Curve]]:
-    """The pairs of a group of dense and sparse runs by turns of which both are done, the shortest first."""
+    """The pairs of a group's dense and sparse runs of which both are done, kind by kind, the shortest first."""
     runs = GROUPS[group]
     pairs = zip(runs[::2], runs[1::2], strict=True)
     done = [(curves[dense], curves[sparse]) for dense, sparse in pairs if dense in curves and sparse in curves]
-    return sorted(done, key=lambda pair: (pair[0].run.length, pair[0].run.seed))
+    kinds = [run.attention for run in runs]
+    return sorted(done, key=lambda pair: (kinds.index(pair[1].run.attention), pair[0].run.length, pair[0].run.seed))
+
+
+def beside_dense(curves: dict[Run, Curve]) -> list[tuple[Curve, Curve]]:
+    """The pairs of all kinds that were trained at each length and with each seed."""
+    return [pair for group in BESIDE_DENSE for pair in pairs_of(curves, group)]
 
 
 def _choices(curves: list[Curve]) -> str:
@@ -147,12 +160,43 @@ def _sooner(pairs: list[tuple[Curve, Curve]]) -> str:
     rows = [[*(["other"] if several else []), "T", "seed", *columns, late, "reached by dense", "by other", "sooner"]]
     for dense, sparse in pairs:
         both = dense, sparse
-        met = sooner(dense, sparse)
-        at = (
-            ["-"] * 4 if met is None else [f"{met[0]:.3f}", *(f"{x:.0f} s" for x in met[1:]), f"{met[1] / met[2]:.1f}x"]
-        )
+        loss, slow, fast = sooner(dense, sparse)
+        at = [f"{loss:.3f}", f"{slow:.0f} s", or_dash(fast, "{:.0f} s"), or_dash(fast and slow / fast, "{:.1f}x")]
         bits = [f"{curve.final['bits_per_byte']:.3f}" for curve in both]
         speeds = [_speed(curve, pairs[0][0]) for curve in both]
         other = [sparse.run.kind.words] if several else []
         rows.append([*other, str(dense.run.length), str(dense.run.seed), *bits, *speeds, *at])
     return markdown(rows)
+
+
+def _over_seeds(pairs: list[tuple[Curve, Curve]]) -> str:
+    """Least and most of the seeds, a row for each length and kind, dense first."""
+    late = max(pairs[0][0].held_out)
+    rows = [["T", "layers", "bits per byte", "tokens/s", f"dense's loss after {late} steps is reached"]]
+    for length in sorted({dense.run.length for dense, _ in pairs}):
+        of_length = [pair for pair in pairs if pair[0].run.length == length]
+        by_kind: dict[str, dict[Run, Curve]] = {}
+        for curve in (*(dense for dense, _ in of_length), *(sparse for _, sparse in of_length)):
+            by_kind.setdefault(curve.run.kind.words, {})[curve.run] = curve
+        for words, curves in by_kind.items():
+            bits = _span([curve.final["bits_per_byte"] for curve in curves.values()], "{:.3f}")
+            speeds = _span([curve.tokens_per_second() / 1e3 for curve in curves.values()], "{:.0f}")
+            factors = sooner_by_seed([pair for pair in of_length if pair[1].run in curves])
+            rows.append([str(length), words, bits, f"{speeds} k", in_words(factors) if factors else ""])
+    return markdown(rows)
+
+
+def sooner_by_seed(pairs: list[tuple[Curve, Curve]]) -> list[float | None]:
+    """How many times sooner than dense each has the loss that dense ends with; None where it never has."""
+    return [fast and slow / fast for _, slow, fast in (sooner(*pair) for pair in pairs)]
+
+
+def in_words(factors: list[float | None]) -> str:
+    """Factors as a reader has them: how much sooner, and by how many seeds if not by all."""
+    met = [factor for factor in factors if factor is not None]
+    few = "" if len(met) == len(factors) else f"{', ' if met else ''}{len(met)} of {len(factors)} seeds"
+    return f"{_span(met, '{:.1f}') + 'x sooner' if met else ''}{few}"
+
+
+def _span(values: list[float], form: str) -> str:
+    return " to ".join(dict.fromkeys(form.format(value) for value in (min(values), max(values))))

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 from figures import INK, draw_from, entry, figure_of, finish, finish_figure, legend
-from language_results import RESULTS, Curve, load_curves, sooner
+from language_results import RESULTS, Curve, load_curves
 from language_runs import GROUPS
-from language_tables import by_text, pairs_of
+from language_tables import beside_dense, by_text, in_words, pairs_of, sooner_by_seed
 
 SPARSE, DENSE = "#0072B2", INK
 SHARED, OWN = "#D55E00", SPARSE  # Okabe and Ito
 HEADLINE, LONGER = "language-models.png", "language-longer.png"
 PAPER, CHOICES, PROGRESS = "language-paper.png", "language-choices.png", "language-progress.png"
+PAIR_COLOURS = {"dense-own-keys": DENSE, "local-dense-own-keys": SPARSE}
+PAIR_COLOURS |= {"local-qk50-own-keys": "#D55E00", "hash16-near-rotated-fixed-own-keys": "#009E73"}
 PAPER_COLOURS = {"dense": DENSE}
 PAPER_COLOURS |= {"hash8": "#9ECAE1", "hash16": "#4292C6", "hash32": "#084594"}
 PAPER_COLOURS |= {"qk30": "#FDAE6B", "qk50": "#F16913", "qk70": "#A63603"}
@@ -32,7 +34,7 @@ def draw_language(data: Path, folder: Path) -> list[Path]:
     paper = [curves[run] for run in GROUPS["paper"] if run in curves]
     dense = next((curve for curve in chosen if curve.run.attention == "dense"), None)
     figures: dict[Path, tuple[Callable[[Path, list[Any]], None], list[Any]]] = {
-        folder / HEADLINE: (_draw_pairs, pairs_of(curves, "headline")),
+        folder / HEADLINE: (_draw_pairs, beside_dense(curves)),
         folder / LONGER: (_draw_pairs, pairs_of(curves, "longer")),
         folder / PAPER: (_draw_paper, paper),
         folder / CHOICES: (_draw_choices, chosen),
@@ -48,47 +50,28 @@ def draw_language(data: Path, folder: Path) -> list[Path]:
 
 
 def _draw_pairs(path: Path, pairs: list[tuple[Curve, Curve]]) -> None:
-    """A panel for each length, a line for each run."""
+    """A panel for each length, a line for each run, and how much sooner than dense each kind is where dense ends."""
     lengths = sorted({dense.run.length for dense, _ in pairs})
-    figure = figure_of(10.4 if len(lengths) > 1 else 6.4, 4.4)
+    figure = figure_of(10.4 if len(lengths) > 1 else 6.4, 4.6)
     for ax, length in zip(figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0], lengths, strict=True):
         of_length = [pair for pair in pairs if pair[0].run.length == length]
-        for pair in of_length:
-            for curve, colour in zip(pair, (DENSE, SPARSE), strict=True):
-                points = [(curve.seconds_at(step), loss) for step, loss in sorted(curve.held_out.items())]
-                ax.plot(
-                    *zip(*points, strict=True),
-                    color=colour,
-                    label=curve.run.kind.words,
-                    linewidth=2,
-                    marker="o",
-                    markersize=3,
-                )
-        _draw_sooner(ax, of_length)
+        for curve in {curve.run: curve for pair in of_length for curve in pair}.values():
+            points = [(curve.seconds_at(step), loss) for step, loss in sorted(curve.held_out.items())]
+            look = {"color": PAIR_COLOURS[curve.run.attention], "linewidth": 1.5, "marker": "o", "markersize": 2.5}
+            ax.plot(*zip(*points, strict=True), label=curve.run.kind.words, **look)
+        for row, kind in enumerate(dict.fromkeys(sparse.run.attention for _, sparse in of_length)):
+            factors = sooner_by_seed([pair for pair in of_length if pair[1].run.attention == kind])
+            style = {"ha": "right", "va": "top", "color": PAIR_COLOURS[kind], "fontweight": "bold", "fontsize": 9}
+            ax.annotate(in_words(factors), (0.98, 0.97 - 0.06 * row), xycoords="axes fraction", **style)
         ax.set_title(f"{length // 1024}k tokens", color=INK)
         ax.set_xlabel("seconds of training", color=INK)
         ax.set_xlim(left=0)
-        ax.margins(y=0.1)
         finish(ax)
     figure.axes[0].set_ylabel("held-out loss, nats a byte", color=INK)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     environments = [curve.environment for pair in pairs for curve in pair]
     legend(figure, dict(zip(labels, handles, strict=True)).values(), *environments, ncols=2)
     finish_figure(figure, f"The same {pairs[0][0].run.steps} steps on enwik8, keys of their own", path)
-
-
-def _draw_sooner(ax: Any, pairs: list[tuple[Curve, Curve]]) -> None:
-    """Marks when the other has the loss of the last point of dense, for the first seed; says how much sooner of all."""
-    met = [each for each in (sooner(*pair) for pair in pairs) if each is not None]
-    if not met:
-        return
-    loss, slow, fast = met[0]
-    arrow = {"arrowstyle": "<->", "color": SPARSE, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
-    ax.annotate("", (fast, loss), xytext=(slow, loss), arrowprops=arrow)
-    factors = sorted({f"{slow / fast:.1f}" for _, slow, fast in met})
-    words = f"{' to '.join(dict.fromkeys((factors[0], factors[-1])))}x sooner"
-    style = {"ha": "right", "va": "bottom", "color": SPARSE, "fontweight": "bold", "fontsize": 9}
-    ax.annotate(words, (0.98, 0.9), xycoords="axes fraction", **style)
 
 
 def _draw_paper(path: Path, curves: list[Curve]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from device_tables import device_tables
 from environment import ROOT, load_result, source
+from language_runs import GROUPS
 from language_tables import language_tables
 from markdown_table import markdown
 from pattern_names import words
@@ -20,16 +21,16 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SHOWN = {"hash16": "16 buckets", "hash64": "64 buckets", "qk50": "half of q and k dropped", "qk70": "70 % dropped"}
 SWEPT, SINGLE, STEPS = "density-gpu.json", "attention-gpu-end-to-end.json", "train-step-gpu.json"
 BLOCKS = ("blocks-gpu.json", "blocks-gpu-64k.json")
-DRAWS = "evaluation-draws-cpu.json"
+DRAWS = "evaluation-draws-gpu.json"
 BOTH = "forward_backward"
 PAGES = {
-    "README.md": ("speed-up", "end-to-end", "sooner", "blocks", "training-step", "break-even"),
+    "README.md": ("speed-up", "end-to-end", "seeds", "blocks", "training-step", "break-even"),
     "docs/index.md": ("break-even",),
     "docs/patterns.md": ("patterns",),
     "docs/devices.md": ("scaling", "divided-sequences"),
     "docs/results.md": (
-        *("sooner", "longer", "sparse", "paper", "paper-training", "language-models", "evaluation-draws", "speed-up"),
-        *("end-to-end", "sweeps", "sweeps-others", "sweeps-paper", "reformer", "blocks", "training-step"),
+        *("seeds", "sooner", "sparse", "longer", "paper", "paper-training", "language-models", "evaluation-draws"),
+        *("speed-up", "end-to-end", "sweeps", "sweeps-others", "sweeps-paper", "reformer", "blocks", "training-step"),
     ),
 }
 """Pages by their path, and the tables that each has."""
@@ -145,14 +146,15 @@ def _training_step() -> str:
 def _evaluation_draws() -> str:
     """Held-out loss by the draw of hashes or drops that a run evaluates with, and by others."""
     result = load_result(RESULTS / DRAWS)
-    rows = [["layers", "trained on", "loss, the run's own draw", "other draws, mean", "least to most"]]
-    for run in result["runs"]:
-        others = run["others"]
+    runs = {str(run): run for group in GROUPS.values() for run in group}
+    rows = [["layers", "keys", "loss, the run's own draw", "other draws, mean", "least to most"]]
+    for measured in result["runs"]:
+        kind, others = runs[measured["run"]].kind, measured["others"]
         rows.append(
             [
-                words(f"hash{run['buckets']}" if run["attention"] == ["hash"] else f"qk{100 * run['rate']:.0f}"),
-                "the draw that evaluates" if run["fixed_draws"] else "a new draw each step",
-                f"{run['own']:.3f}",
+                kind.words,
+                "shared" if kind.shared else "own",
+                f"{measured['own']:.3f}",
                 f"{statistics.mean(others):.3f}",
                 f"{min(others):.3f} to {max(others):.3f}",
             ]

@@ -79,9 +79,9 @@ def test_a_run_is_tried_again_and_kept_and_not_run_again(modules, tmp_path):
     assert "begun on 1 x cpu, first, " in _run(tmp_path, commit="second", status=1)
 
 
-def _write(folder, modules, attention, seconds, held_out, length=8192, steps=1000):
+def _write(folder, modules, attention, seconds, held_out, length=8192, steps=1000, seed=0):
     """The metrics of a run that was stopped in its third record, and went on."""
-    run = modules["language_runs"].Run("enwik8", length, steps, attention)
+    run = modules["language_runs"].Run("enwik8", length, steps, attention, seed)
     times = [1 * seconds, 2 * seconds, 0.5 * seconds, 1.5 * seconds]
     environment = {"device": "2 x a GPU", "jax": "0.0", "commit": "0123456789", "command": "python benchmarks/x.py"}
     records = [{"kind": "run", "step": 0, **run._asdict(), "environment": environment}]
@@ -102,7 +102,7 @@ def test_sooner(modules, tmp_path):
     curves = results.load_curves(tmp_path)
     assert list(curves[slow].seconds) == [10, 20, 25, 35]  # what came before the stop is added
     assert results.sooner(curves[slow], curves[fast]) == (2.0, 35.0, 4.5)  # half way from step 200 to 300
-    assert results.sooner(curves[fast], curves[slow]) is None
+    assert results.sooner(curves[fast], curves[slow]) == (1.0, 7.0, None)
     assert curves[slow].tokens_per_second() == 100 * 32_768 / 10
     assert curves[slow].environment["device"] == "1 x a GPU"
 
@@ -121,6 +121,7 @@ def test_figures_and_tables(modules, tmp_path):
     assert tables["longer"].count("| 16384 | 0 |") == tables["longer"].count("2.5x |") == 1
     assert "| 16 buckets | shared | 1.000 | 1.000 | 655 k | 1.00x | 0.375 | 1.0 GiB |" in tables["language-models"]
     assert tables["sooner"].count("1.0x |") == 2
+    assert tables["seeds"].count("| window of 128, every fourth layer dense | 1.000 | 655 k | 1.0x sooner |") == 2
     _write(tmp_path, modules, "qk50", 5.0, [3.0, 2.5, 1.5, 1.0])
     tables = modules["language_tables"].language_tables(tmp_path)
     assert (
@@ -134,6 +135,22 @@ def test_figures_and_tables(modules, tmp_path):
     _write(tmp_path, modules, "dense", 10.0, [3.0, 2.5, 1.5, 0.5])
     tables = modules["language_tables"].language_tables(tmp_path)
     assert "| 50 % of q and k dropped | 8192 | 2.6x | 2.00x | +0.500 |" in tables["paper-training"]
+
+
+def test_seeds_that_never_reach_the_loss_of_dense_are_counted(modules, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    for seed, last in enumerate([1.5, 2.2]):
+        _write(tmp_path, modules, "dense-own-keys", 10.0, [4.0, 3.0, 2.5, 2.0], seed=seed)
+        _write(tmp_path, modules, "local-qk50-own-keys", 2.0, [3.0, 2.5, last, last], seed=seed)
+        _write(tmp_path, modules, "hash16-near-rotated-fixed-own-keys", 1.0, [4.0, 3.5, 3.0, 2.5], seed=seed)
+    tables = modules["language_tables"].language_tables(tmp_path)
+    assert tables["sparse"].count("| 2.000 | 35 s | - | - |") == 3
+    rows = [row.split(" | ")[-1] for row in tables["seeds"].splitlines()[2:5]]
+    assert rows == [" |", "7.8x sooner, 1 of 2 seeds |", "0 of 2 seeds |"]
+    drawn = []
+    monkeypatch.setattr(modules["plot_language"], "finish_figure", lambda figure, *_: drawn.append(figure))
+    modules["plot_language"].draw_language(tmp_path, tmp_path)
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["7.8x sooner, 1 of 2 seeds", "0 of 2 seeds"]
 
 
 def test_what_was_not_measured_is_left_out(modules, tmp_path):
@@ -163,7 +180,7 @@ def test_figures_and_tables_name_all_devices_and_commits(modules, tmp_path, monk
     both = "a GPU and NVIDIA H100 80GB HBM3, jax 0.0, commits 0123456, abcdefg"
     assert named.get_title().get_text() == both
     made = modules["language_tables"].language_tables(tmp_path)
-    assert made.keys() == {"sooner"}
+    assert made.keys() == {"sooner", "seeds"}
     assert "| 655 k | 655 k (H100) |" in made["sooner"]
     assert made["sooner"].endswith(f"language_models.py headline` on {both}; data: `results/language-models`.")
 

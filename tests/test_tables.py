@@ -31,9 +31,9 @@ def test_a_page_without_markers_is_refused(tables):
 
 
 def test_a_table_without_results_is_named(tables, monkeypatch):
-    made = {name: table for name, table in tables.tables().items() if name != "sooner"}
+    made = {name: table for name, table in tables.tables().items() if name != "seeds"}
     monkeypatch.setattr(tables, "tables", lambda: made)
-    with pytest.raises(ValueError, match=r"README\.md has a table 'sooner' of which there are no results"):
+    with pytest.raises(ValueError, match=r"README\.md has a table 'seeds' of which there are no results"):
         tables.in_page("README.md", (ROOT / "README.md").read_text())
 
 
