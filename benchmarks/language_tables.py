@@ -55,7 +55,7 @@ def pairs_of(curves: dict[Run, Curve], group: str) -> list[tuple[Curve, Curve]]:
 
 
 def beside_dense(curves: dict[Run, Curve]) -> list[tuple[Curve, Curve]]:
-    """The pairs of all kinds that were trained at each length and with each seed."""
+    """The pairs of all groups that have each length and seed."""
     return [pair for group in BESIDE_DENSE for pair in pairs_of(curves, group)]
 
 
@@ -172,18 +172,31 @@ def _sooner(pairs: list[tuple[Curve, Curve]]) -> str:
 def _over_seeds(pairs: list[tuple[Curve, Curve]]) -> str:
     """Least and most of the seeds, a row for each length and kind, dense first."""
     late = max(pairs[0][0].held_out)
-    rows = [["T", "layers", "bits per byte", "tokens/s", f"dense's loss after {late} steps is reached"]]
+    titles = ["T", "layers", "bits per byte", "tokens/s", "visible, last step", "peak memory"]
+    rows = [[*titles, f"dense's loss after {late} steps is reached"]]
     for length in sorted({dense.run.length for dense, _ in pairs}):
         of_length = [pair for pair in pairs if pair[0].run.length == length]
-        by_kind: dict[str, dict[Run, Curve]] = {}
-        for curve in (*(dense for dense, _ in of_length), *(sparse for _, sparse in of_length)):
-            by_kind.setdefault(curve.run.kind.words, {})[curve.run] = curve
-        for words, curves in by_kind.items():
-            bits = _span([curve.final["bits_per_byte"] for curve in curves.values()], "{:.3f}")
-            speeds = _span([curve.tokens_per_second() / 1e3 for curve in curves.values()], "{:.0f}")
-            factors = sooner_by_seed([pair for pair in of_length if pair[1].run in curves])
-            rows.append([str(length), words, bits, f"{speeds} k", in_words(factors) if factors else ""])
+        dense = {dense.run: dense for dense, _ in of_length}  # each is beside several kinds
+        rows.append([str(length), *_of_seeds(list(dense.values()), pairs[0][0]), ""])
+        for kind in dict.fromkeys(sparse.run.attention for _, sparse in of_length):
+            of_kind = [pair for pair in of_length if pair[1].run.attention == kind]
+            cells = _of_seeds([sparse for _, sparse in of_kind], pairs[0][0])
+            rows.append([str(length), *cells, in_words(sooner_by_seed(of_kind))])
     return markdown(rows)
+
+
+def _of_seeds(curves: list[Curve], first: Curve) -> list[str]:
+    """The cells of a kind; behind its speeds, the devices in brackets if one is another than that of a first run."""
+    devices = {curve.environment["device"]: device_in_a_word(curve.environment) for curve in curves}
+    peaks = [curve.peak_bytes / 2**30 for curve in curves if curve.peak_bytes is not None]
+    elsewhere = "" if devices.keys() == {first.environment["device"]} else f" ({', '.join(devices.values())})"
+    return [
+        curves[0].run.kind.words,
+        _span([curve.final["bits_per_byte"] for curve in curves], "{:.3f}"),
+        f"{_span([curve.tokens_per_second() / 1e3 for curve in curves], '{:.0f}')} k{elsewhere}",
+        _span([curve.visible[-1].mean() for curve in curves], "{:.3f}"),
+        f"{_span(peaks, '{:.1f}')} GiB" if peaks else "-",
+    ]
 
 
 def sooner_by_seed(pairs: list[tuple[Curve, Curve]]) -> list[float | None]:
@@ -194,8 +207,10 @@ def sooner_by_seed(pairs: list[tuple[Curve, Curve]]) -> list[float | None]:
 def in_words(factors: list[float | None]) -> str:
     """Factors as a reader has them: how much sooner, and by how many seeds if not by all."""
     met = [factor for factor in factors if factor is not None]
-    few = "" if len(met) == len(factors) else f"{', ' if met else ''}{len(met)} of {len(factors)} seeds"
-    return f"{_span(met, '{:.1f}') + 'x sooner' if met else ''}{few}"
+    seeds = f"{len(met)} of {len(factors)} seeds"
+    if not met:
+        return seeds
+    return f"{_span(met, '{:.1f}')}x sooner" + ("" if len(met) == len(factors) else f", {seeds}")
 
 
 def _span(values: list[float], form: str) -> str:

@@ -18,8 +18,7 @@ SPARSE, DENSE = "#0072B2", INK
 SHARED, OWN = "#D55E00", SPARSE  # Okabe and Ito
 HEADLINE, LONGER = "language-models.png", "language-longer.png"
 PAPER, CHOICES, PROGRESS = "language-paper.png", "language-choices.png", "language-progress.png"
-PAIR_COLOURS = {"dense-own-keys": DENSE, "local-dense-own-keys": SPARSE}
-PAIR_COLOURS |= {"local-qk50-own-keys": "#D55E00", "hash16-near-rotated-fixed-own-keys": "#009E73"}
+PAIR_COLOURS = (DENSE, SPARSE, "#D55E00", "#009E73")
 PAPER_COLOURS = {"dense": DENSE}
 PAPER_COLOURS |= {"hash8": "#9ECAE1", "hash16": "#4292C6", "hash32": "#084594"}
 PAPER_COLOURS |= {"qk30": "#FDAE6B", "qk50": "#F16913", "qk70": "#A63603"}
@@ -52,17 +51,23 @@ def draw_language(data: Path, folder: Path) -> list[Path]:
 def _draw_pairs(path: Path, pairs: list[tuple[Curve, Curve]]) -> None:
     """A panel for each length, a line for each run, and how much sooner than dense each kind is where dense ends."""
     lengths = sorted({dense.run.length for dense, _ in pairs})
+    kinds = dict.fromkeys(curve.run.attention for pair in pairs for curve in pair)
+    colours = dict(zip(kinds, PAIR_COLOURS, strict=False))
     figure = figure_of(10.4 if len(lengths) > 1 else 6.4, 4.6)
     for ax, length in zip(figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0], lengths, strict=True):
         of_length = [pair for pair in pairs if pair[0].run.length == length]
         for curve in {curve.run: curve for pair in of_length for curve in pair}.values():
             points = [(curve.seconds_at(step), loss) for step, loss in sorted(curve.held_out.items())]
-            look = {"color": PAIR_COLOURS[curve.run.attention], "linewidth": 1.5, "marker": "o", "markersize": 2.5}
+            look = {"color": colours[curve.run.attention], "linewidth": 1.5, "marker": "o", "markersize": 2.5}
             ax.plot(*zip(*points, strict=True), label=curve.run.kind.words, **look)
-        for row, kind in enumerate(dict.fromkeys(sparse.run.attention for _, sparse in of_length)):
-            factors = sooner_by_seed([pair for pair in of_length if pair[1].run.attention == kind])
-            style = {"ha": "right", "va": "top", "color": PAIR_COLOURS[kind], "fontweight": "bold", "fontsize": 9}
-            ax.annotate(in_words(factors), (0.98, 0.97 - 0.06 * row), xycoords="axes fraction", **style)
+        said = {DENSE: "dense's last loss is reached"}
+        for kind in dict.fromkeys(sparse.run.attention for _, sparse in of_length):
+            said[colours[kind]] = in_words(
+                sooner_by_seed([pair for pair in of_length if pair[1].run.attention == kind])
+            )
+        for row, (colour, words) in enumerate(said.items()):
+            style = {"ha": "right", "va": "top", "color": colour, "fontweight": "bold", "fontsize": 9}
+            ax.annotate(words, (0.98, 0.97 - 0.06 * row), xycoords="axes fraction", **style)
         ax.set_title(f"{length // 1024}k tokens", color=INK)
         ax.set_xlabel("seconds of training", color=INK)
         ax.set_xlim(left=0)

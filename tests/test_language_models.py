@@ -89,7 +89,7 @@ def _write(folder, modules, attention, seconds, held_out, length=8192, steps=100
         values = {"loss": loss, "training_seconds": time, "visible": [0.5, 0.25]}
         records.append({"kind": "train", "step": 100 * step, **values})
         records.append({"kind": "evaluation", "step": 100 * step, "loss": loss})
-    records.append({"kind": "final", "step": 400, "loss": held_out[-1], "bits_per_byte": 1.0})
+    records.append({"kind": "final", "step": 400, "loss": held_out[-1], "bits_per_byte": held_out[-1]})
     records.append({"kind": "end", "step": 400, "reason": "done", "peak_bytes": 2**30})
     (folder / f"{run}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return run
@@ -121,7 +121,8 @@ def test_figures_and_tables(modules, tmp_path):
     assert tables["longer"].count("| 16384 | 0 |") == tables["longer"].count("2.5x |") == 1
     assert "| 16 buckets | shared | 1.000 | 1.000 | 655 k | 1.00x | 0.375 | 1.0 GiB |" in tables["language-models"]
     assert tables["sooner"].count("1.0x |") == 2
-    assert tables["seeds"].count("| window of 128, every fourth layer dense | 1.000 | 655 k | 1.0x sooner |") == 2
+    same = "| window of 128, every fourth layer dense | 1.000 | 655 k | 0.375 | 1.0 GiB | 1.0x sooner |"
+    assert tables["seeds"].count(same) == 2
     _write(tmp_path, modules, "qk50", 5.0, [3.0, 2.5, 1.5, 1.0])
     tables = modules["language_tables"].language_tables(tmp_path)
     assert (
@@ -137,20 +138,34 @@ def test_figures_and_tables(modules, tmp_path):
     assert "| 50 % of q and k dropped | 8192 | 2.6x | 2.00x | +0.500 |" in tables["paper-training"]
 
 
-def test_seeds_that_never_reach_the_loss_of_dense_are_counted(modules, tmp_path, monkeypatch):
+def test_seeds_from_least_to_most(modules, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    for seed, last in enumerate([1.5, 2.2]):
-        _write(tmp_path, modules, "dense-own-keys", 10.0, [4.0, 3.0, 2.5, 2.0], seed=seed)
-        _write(tmp_path, modules, "local-qk50-own-keys", 2.0, [3.0, 2.5, last, last], seed=seed)
-        _write(tmp_path, modules, "hash16-near-rotated-fixed-own-keys", 1.0, [4.0, 3.5, 3.0, 2.5], seed=seed)
+    for length in (16_384, 8192):
+        for seed, (seconds, last) in enumerate([(2.0, 1.5), (1.0, 2.2)]):
+            _write(tmp_path, modules, "dense-own-keys", 10.0, [4.0, 3.0, 2.5, 2.0], length, seed=seed)
+            _write(tmp_path, modules, "local-dense-own-keys", seconds, [3.0, 2.5, 1.5, last], length, seed=seed)
+            _write(tmp_path, modules, "local-qk50-own-keys", seconds, [3.0, 2.5, last, last], length, seed=seed)
+            _write(
+                tmp_path, modules, "hash16-near-rotated-fixed-own-keys", 1.0, [4.0, 3.5, 3.0, 2.5], length, seed=seed
+            )
     tables = modules["language_tables"].language_tables(tmp_path)
-    assert tables["sparse"].count("| 2.000 | 35 s | - | - |") == 3
-    rows = [row.split(" | ")[-1] for row in tables["seeds"].splitlines()[2:5]]
-    assert rows == [" |", "7.8x sooner, 1 of 2 seeds |", "0 of 2 seeds |"]
+    kinds = ["dense, cuDNN", "window of 128, every fourth layer dense"]
+    kinds += ["window of 128, every fourth layer 50 % dropped"]
+    kinds += ["16 buckets, after rotary positions, and the last 128 tokens, fixed hashes"]
+    measured = ["2.000 | 328 k |", "1.500 to 2.200 | 1638 to 3277 k |", "1.500 to 2.200 | 1638 to 3277 k |"]
+    measured += ["2.500 | 3277 k |"]
+    sooner = ["", "7.8 to 15.6x sooner", "7.8x sooner, 1 of 2 seeds", "0 of 2 seeds"]
+    rows = zip(kinds, measured, sooner, strict=True)
+    expected = [f"{kind} | {values} 0.375 | 1.0 GiB | {at} |" for kind, values, at in rows]
+    expected = [f"| {length} | {row}" for length in (8192, 16_384) for row in expected]
+    assert tables["seeds"].splitlines()[2:-2] == expected
+    lengths = [row.split(" | ")[1] for row in tables["sparse"].splitlines()[2:-2]]
+    assert lengths == 2 * ["8192", "8192", "16384", "16384"]
+    assert tables["sparse"].count("| 2.000 | 35 s | - | - |") == 6
     drawn = []
     monkeypatch.setattr(modules["plot_language"], "finish_figure", lambda figure, *_: drawn.append(figure))
     modules["plot_language"].draw_language(tmp_path, tmp_path)
-    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["7.8x sooner, 1 of 2 seeds", "0 of 2 seeds"]
+    assert [text.get_text() for text in drawn[0].axes[0].texts][1:] == sooner[1:]
 
 
 def test_what_was_not_measured_is_left_out(modules, tmp_path):
@@ -182,6 +197,7 @@ def test_figures_and_tables_name_all_devices_and_commits(modules, tmp_path, monk
     made = modules["language_tables"].language_tables(tmp_path)
     assert made.keys() == {"sooner", "seeds"}
     assert "| 655 k | 655 k (H100) |" in made["sooner"]
+    assert "every fourth layer dense | 1.000 | 655 k (H100) |" in made["seeds"]
     assert made["sooner"].endswith(f"language_models.py headline` on {both}; data: `results/language-models`.")
 
 
