@@ -6,12 +6,13 @@ from pathlib import Path
 from environment import device_in_a_word, source
 from language_results import RESULTS, Curve, load_curves, sooner
 from language_runs import GROUPS, KINDS, Run
-from markdown_table import markdown, or_dash
+from markdown_table import markdown, or_dash, span
 from sweep_results import paper
 
 DENSE = "dense-own-keys"
 BESIDE_DENSE = ("headline", "sparse")
 TEXTS = {"enwik8": "enwik8", "eltec": "novels"}
+Pair = tuple[Curve, Curve]  # dense, and another of the same length and seed
 
 
 def language_tables(folder: Path = RESULTS) -> dict[str, str]:
@@ -35,7 +36,7 @@ def language_tables(folder: Path = RESULTS) -> dict[str, str]:
     return tables
 
 
-def _each(pairs: list[tuple[Curve, Curve]]) -> list[Curve]:
+def _each(pairs: list[Pair]) -> list[Curve]:
     return [curve for pair in pairs for curve in pair]
 
 
@@ -45,7 +46,7 @@ def _source(group: str, curves: list[Curve]) -> str:
     return source(*(curve.environment | of_group for curve in curves))
 
 
-def pairs_of(curves: dict[Run, Curve], group: str) -> list[tuple[Curve, Curve]]:
+def pairs_of(curves: dict[Run, Curve], group: str) -> list[Pair]:
     """The pairs of a group's dense and sparse runs of which both are done, kind by kind, the shortest first."""
     runs = GROUPS[group]
     pairs = zip(runs[::2], runs[1::2], strict=True)
@@ -54,7 +55,7 @@ def pairs_of(curves: dict[Run, Curve], group: str) -> list[tuple[Curve, Curve]]:
     return sorted(done, key=lambda pair: (kinds.index(pair[1].run.attention), pair[0].run.length, pair[0].run.seed))
 
 
-def beside_dense(curves: dict[Run, Curve]) -> list[tuple[Curve, Curve]]:
+def beside_dense(curves: dict[Run, Curve]) -> list[Pair]:
     """The pairs of all groups that have each length and seed."""
     return [pair for group in BESIDE_DENSE for pair in pairs_of(curves, group)]
 
@@ -65,19 +66,16 @@ def _choices(curves: list[Curve]) -> str:
     quality = ["held-out loss, nats a byte", "bits per byte"]
     rows = [["layers", "keys", *quality, "tokens/s", "over dense", "visible, last step", "peak memory"]]
     for curve in sorted(curves, key=lambda curve: curve.final["loss"]):
-        factor = None
-        if dense is not None and dense.environment["device"] == curve.environment["device"]:
-            factor = curve.tokens_per_second() / dense.tokens_per_second()
         rows.append(
             [
                 curve.run.kind.words,
                 "shared" if curve.run.kind.shared else "own",
                 f"{curve.final['loss']:.3f}",
                 f"{curve.final['bits_per_byte']:.3f}",
-                _speed(curve, dense or curves[0]),
-                or_dash(factor, "{:.2f}x"),
+                _speed([curve], dense or curves[0]),
+                or_dash(_speedup(curve, dense), "{:.2f}x"),
                 f"{curve.visible[-1].mean():.3g}",
-                or_dash(curve.peak_bytes and curve.peak_bytes / 2**30, "{:.1f} GiB"),
+                _memory([curve]),
             ]
         )
     return markdown(rows)
@@ -98,7 +96,8 @@ def _paper(curves: list[Curve]) -> str:
     for kind in dict.fromkeys(curve.run.kind for curve in curves):
         found = [of_kind.get(kind) for of_kind in texts.values()]
         pairs = (
-            ("-", "-") if curve is None else (f"{curve.final['loss']:.3f}", _speed(curve, curves[0])) for curve in found
+            ("-", "-") if curve is None else (f"{curve.final['loss']:.3f}", _speed([curve], curves[0]))
+            for curve in found
         )
         rows.append([kind.words, *(cell for pair in pairs for cell in pair)])
     return markdown(rows)
@@ -115,17 +114,30 @@ def _beside_paper(curves: list[Curve]) -> str:
             curve, dense = (of_enwik8.get((name, int(length))) for name in (attention, "dense"))
             if curve is None or dense is None:
                 continue
-            same = curve.environment["device"] == dense.environment["device"]
-            speedup = curve.tokens_per_second() / dense.tokens_per_second() if same else None
+            speedup = or_dash(_speedup(curve, dense), "{:.2f}x")
             loss = f"{curve.final['loss'] - dense.final['loss']:+.3f}"
-            rows.append([KINDS[attention].words, length, f"{factor}x", or_dash(speedup, "{:.2f}x"), loss])
+            rows.append([KINDS[attention].words, length, f"{factor}x", speedup, loss])
     return markdown(rows) if rows[1:] else ""
 
 
-def _speed(curve: Curve, first: Curve) -> str:
-    """Tokens a second, and the device in brackets if it is another than the first one's of a table."""
-    here = curve.environment["device"] == first.environment["device"]
-    return f"{curve.tokens_per_second() / 1e3:.0f} k{'' if here else f' ({device_in_a_word(curve.environment)})'}"
+def _speedup(curve: Curve, dense: Curve | None) -> float | None:
+    """Tokens a second over a dense model's; None without one on the same kind of device."""
+    if dense is None or dense.environment["device"] != curve.environment["device"]:
+        return None
+    return curve.tokens_per_second() / dense.tokens_per_second()
+
+
+def _speed(curves: list[Curve], first: Curve) -> str:
+    """Tokens a second, and the devices in brackets if one is another than the first one's of a table."""
+    devices = {curve.environment["device"]: device_in_a_word(curve.environment) for curve in curves}
+    elsewhere = "" if devices.keys() == {first.environment["device"]} else f" ({', '.join(devices.values())})"
+    return f"{span([curve.tokens_per_second() / 1e3 for curve in curves], '{:.0f}')} k{elsewhere}"
+
+
+def _memory(curves: list[Curve]) -> str:
+    """Most memory in use at once, where the device tells."""
+    peaks = [curve.peak_bytes / 2**30 for curve in curves if curve.peak_bytes]
+    return f"{span(peaks, '{:.1f}')} GiB" if peaks else "-"
 
 
 def _beside_reformer(curves: list[Curve]) -> str:
@@ -140,8 +152,8 @@ def _beside_reformer(curves: list[Curve]) -> str:
                 f"{loss:.3f}",
                 f"{loss / math.log(2):.3f}",
                 f"{math.exp(loss):.3f}",
-                _speed(curve, curves[0]),
-                or_dash(curve.peak_bytes and curve.peak_bytes / 2**30, "{:.1f} GiB"),
+                _speed([curve], curves[0]),
+                _memory([curve]),
             ]
         )
     for text, length in dict.fromkeys((curve.run.text, curve.run.length) for curve in curves):
@@ -152,7 +164,7 @@ def _beside_reformer(curves: list[Curve]) -> str:
     return markdown(rows)
 
 
-def _sooner(pairs: list[tuple[Curve, Curve]]) -> str:
+def _sooner(pairs: list[Pair]) -> str:
     """Dense against the sparse model, pair by pair."""
     columns = [f"{name}, {what}" for what in ("bits per byte", "tokens/s") for name in ("dense", "other")]
     late = f"dense after {max(pairs[0][0].held_out)} steps, nats a byte"
@@ -163,55 +175,50 @@ def _sooner(pairs: list[tuple[Curve, Curve]]) -> str:
         loss, slow, fast = sooner(dense, sparse)
         at = [f"{loss:.3f}", f"{slow:.0f} s", or_dash(fast, "{:.0f} s"), or_dash(fast and slow / fast, "{:.1f}x")]
         bits = [f"{curve.final['bits_per_byte']:.3f}" for curve in both]
-        speeds = [_speed(curve, pairs[0][0]) for curve in both]
+        speeds = [_speed([curve], pairs[0][0]) for curve in both]
         other = [sparse.run.kind.words] if several else []
         rows.append([*other, str(dense.run.length), str(dense.run.seed), *bits, *speeds, *at])
     return markdown(rows)
 
 
-def _over_seeds(pairs: list[tuple[Curve, Curve]]) -> str:
+def _over_seeds(pairs: list[Pair]) -> str:
     """Least and most of the seeds, a row for each length and kind, dense first."""
-    late = max(pairs[0][0].held_out)
+    first = pairs[0][0]
     titles = ["T", "layers", "bits per byte", "tokens/s", "visible, last step", "peak memory"]
-    rows = [[*titles, f"dense's loss after {late} steps is reached"]]
+    rows = [[*titles, f"dense's loss after {max(first.held_out)} steps is reached"]]
     for length in sorted({dense.run.length for dense, _ in pairs}):
         of_length = [pair for pair in pairs if pair[0].run.length == length]
         dense = {dense.run: dense for dense, _ in of_length}  # each is beside several kinds
-        rows.append([str(length), *_of_seeds(list(dense.values()), pairs[0][0]), ""])
-        for kind in dict.fromkeys(sparse.run.attention for _, sparse in of_length):
-            of_kind = [pair for pair in of_length if pair[1].run.attention == kind]
-            cells = _of_seeds([sparse for _, sparse in of_kind], pairs[0][0])
-            rows.append([str(length), *cells, in_words(sooner_by_seed(of_kind))])
+        rows.append([str(length), *_of_seeds(list(dense.values()), first), ""])
+        for of_kind in by_kind(of_length).values():
+            rows.append([str(length), *_of_seeds([sparse for _, sparse in of_kind], first), how_much_sooner(of_kind)])
     return markdown(rows)
 
 
 def _of_seeds(curves: list[Curve], first: Curve) -> list[str]:
-    """The cells of a kind; behind its speeds, the devices in brackets if one is another than that of a first run."""
-    devices = {curve.environment["device"]: device_in_a_word(curve.environment) for curve in curves}
-    peaks = [curve.peak_bytes / 2**30 for curve in curves if curve.peak_bytes is not None]
-    elsewhere = "" if devices.keys() == {first.environment["device"]} else f" ({', '.join(devices.values())})"
+    """The cells of a kind."""
     return [
         curves[0].run.kind.words,
-        _span([curve.final["bits_per_byte"] for curve in curves], "{:.3f}"),
-        f"{_span([curve.tokens_per_second() / 1e3 for curve in curves], '{:.0f}')} k{elsewhere}",
-        _span([curve.visible[-1].mean() for curve in curves], "{:.3f}"),
-        f"{_span(peaks, '{:.1f}')} GiB" if peaks else "-",
+        span([curve.final["bits_per_byte"] for curve in curves], "{:.3f}"),
+        _speed(curves, first),
+        span([curve.visible[-1].mean() for curve in curves], "{:.3f}"),
+        _memory(curves),
     ]
 
 
-def sooner_by_seed(pairs: list[tuple[Curve, Curve]]) -> list[float | None]:
-    """How many times sooner than dense each has the loss that dense ends with; None where it never has."""
-    return [fast and slow / fast for _, slow, fast in (sooner(*pair) for pair in pairs)]
+def by_kind(pairs: list[Pair]) -> dict[str, list[Pair]]:
+    """Pairs by the attention of their sparse runs."""
+    found: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        found.setdefault(pair[1].run.attention, []).append(pair)
+    return found
 
 
-def in_words(factors: list[float | None]) -> str:
-    """Factors as a reader has them: how much sooner, and by how many seeds if not by all."""
-    met = [factor for factor in factors if factor is not None]
-    seeds = f"{len(met)} of {len(factors)} seeds"
-    if not met:
+def how_much_sooner(pairs: list[Pair]) -> str:
+    """How many times sooner than dense each has the loss that dense ends with, and how many seeds if not all have."""
+    reached = [(slow, fast) for _, slow, fast in (sooner(*pair) for pair in pairs)]
+    factors = [slow / fast for slow, fast in reached if fast is not None]
+    seeds = f"{len(factors)} of {len(pairs)} seeds"
+    if not factors:
         return seeds
-    return f"{_span(met, '{:.1f}')}x sooner" + ("" if len(met) == len(factors) else f", {seeds}")
-
-
-def _span(values: list[float], form: str) -> str:
-    return " to ".join(dict.fromkeys(form.format(value) for value in (min(values), max(values))))
+    return f"{span(factors, '{:.1f}')}x sooner" + ("" if len(factors) == len(pairs) else f", {seeds}")

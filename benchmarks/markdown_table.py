@@ -10,3 +10,8 @@ def markdown(rows: list[list[str]]) -> str:
 def or_dash(x: float | None, form: str) -> str:
     """Returns the cell of a figure; a dash where it is missing."""
     return "-" if x is None else form.format(x)
+
+
+def span(values: list[float], form: str) -> str:
+    """Returns the cell of several figures: the least to the most of them, once where these read alike."""
+    return " to ".join(dict.fromkeys(form.format(x) for x in (min(values), max(values))))

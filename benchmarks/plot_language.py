@@ -12,7 +12,7 @@ import numpy as np
 from figures import INK, draw_from, entry, figure_of, finish, finish_figure, legend
 from language_results import RESULTS, Curve, load_curves
 from language_runs import GROUPS
-from language_tables import beside_dense, by_text, in_words, pairs_of, sooner_by_seed
+from language_tables import Pair, beside_dense, by_kind, by_text, how_much_sooner, pairs_of
 
 SPARSE, DENSE = "#0072B2", INK
 SHARED, OWN = "#D55E00", SPARSE  # Okabe and Ito
@@ -48,7 +48,7 @@ def draw_language(data: Path, folder: Path) -> list[Path]:
     return [path for path, (_, shown) in figures.items() if shown]
 
 
-def _draw_pairs(path: Path, pairs: list[tuple[Curve, Curve]]) -> None:
+def _draw_pairs(path: Path, pairs: list[Pair]) -> None:
     """A panel for each length, a line for each run, and how much sooner than dense each kind is where dense ends."""
     lengths = sorted({dense.run.length for dense, _ in pairs})
     kinds = dict.fromkeys(curve.run.attention for pair in pairs for curve in pair)
@@ -60,12 +60,9 @@ def _draw_pairs(path: Path, pairs: list[tuple[Curve, Curve]]) -> None:
             points = [(curve.seconds_at(step), loss) for step, loss in sorted(curve.held_out.items())]
             look = {"color": colours[curve.run.attention], "linewidth": 1.5, "marker": "o", "markersize": 2.5}
             ax.plot(*zip(*points, strict=True), label=curve.run.kind.words, **look)
-        said = {DENSE: "dense's last loss is reached"}
-        for kind in dict.fromkeys(sparse.run.attention for _, sparse in of_length):
-            said[colours[kind]] = in_words(
-                sooner_by_seed([pair for pair in of_length if pair[1].run.attention == kind])
-            )
-        for row, (colour, words) in enumerate(said.items()):
+        said = [(DENSE, "dense's last loss is reached")]
+        said += [(colours[kind], how_much_sooner(of_kind)) for kind, of_kind in by_kind(of_length).items()]
+        for row, (colour, words) in enumerate(said):
             style = {"ha": "right", "va": "top", "color": colour, "fontweight": "bold", "fontsize": 9}
             ax.annotate(words, (0.98, 0.97 - 0.06 * row), xycoords="axes fraction", **style)
         ax.set_title(f"{length // 1024}k tokens", color=INK)

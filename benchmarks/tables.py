@@ -10,9 +10,9 @@ from typing import Any
 
 from device_tables import device_tables
 from environment import ROOT, load_result, source
-from language_runs import GROUPS
+from language_runs import GROUPS, chosen
 from language_tables import language_tables
-from markdown_table import markdown
+from markdown_table import markdown, span
 from pattern_names import words
 from sweep_tables import sweep_tables
 from time_shares import PACKAGE
@@ -146,17 +146,17 @@ def _training_step() -> str:
 def _evaluation_draws() -> str:
     """Held-out loss by the draw of hashes or drops that a run evaluates with, and by others."""
     result = load_result(RESULTS / DRAWS)
-    runs = {str(run): run for group in GROUPS.values() for run in group}
     rows = [["layers", "keys", "loss, the run's own draw", "other draws, mean", "least to most"]]
     for measured in result["runs"]:
-        kind, others = runs[measured["run"]].kind, measured["others"]
+        (run,) = chosen([*GROUPS], [measured["run"]])
+        others = measured["others"]
         rows.append(
             [
-                kind.words,
-                "shared" if kind.shared else "own",
+                run.kind.words,
+                "shared" if run.kind.shared else "own",
                 f"{measured['own']:.3f}",
                 f"{statistics.mean(others):.3f}",
-                f"{min(others):.3f} to {max(others):.3f}",
+                span(others, "{:.3f}"),
             ]
         )
     return f"{markdown(rows)}\n\n{source(result['environment'])}."
