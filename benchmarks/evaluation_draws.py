@@ -34,14 +34,15 @@ def main() -> None:
     described = environment()
     result: dict[str, Any] = {"environment": described, "runs": []}
     path = args.out or RESULTS / f"evaluation-draws-{described['platform']}.json"
+    width = max(len(name) for name in ("run", *(run.name for run in args.runs)))
     with written(result, path) as keep:
-        print(f"{'run':<20}{'own draw':>10}{'others':>10}{'least':>10}{'most':>10}")
+        print(f"{'run':<{width}}{'own draw':>10}{'others':>10}{'least':>10}{'most':>10}")
         for run, (trained, held_out) in zip(args.runs, loaded, strict=True):
             record = {"run": run.name} | _measured(trained, held_out, args.windows, args.draws)
             result["runs"].append(record)
             others = record["others"]
             columns = record["own"], statistics.mean(others), min(others), max(others)
-            print(f"{record['run']:<20}{''.join(f'{loss:10.4f}' for loss in columns)}", flush=True)
+            print(f"{run.name:<{width}}{''.join(f'{loss:10.4f}' for loss in columns)}", flush=True)
             keep()
 
 

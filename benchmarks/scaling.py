@@ -18,7 +18,7 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ from timing import alone, beside
 from train_step import time_steps
 from variants import HASHED, Variant, settings, vocabulary
 
-from training.config import TrainConfig
+from training.config import Exchange, TrainConfig
 from training.errors import ConfigError
 from training.mesh import AXES, make_layout
 from training.model import transformer_config
@@ -67,7 +67,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Times training steps over meshes of devices.")
     parser.add_argument("--meshes", nargs="+", help=f"meshes of {', '.join(AXES)}; default all of one or two axes")
     parser.add_argument("--attention", choices=("dense", "hash", "centred"), default="centred", help="kind")
-    parser.add_argument("--exchange", choices=("gather", "ring"), default="gather", help="of keys, over context")
+    parser.add_argument("--exchange", choices=get_args(Exchange), default="gather", help="of keys, over context")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a sequence")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of a step for each device")
     parser.add_argument("--samples", type=int, default=5, help="samples of which the median is taken")
